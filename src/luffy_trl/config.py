@@ -1,0 +1,137 @@
+"""LuffyConfig: GRPOConfig with the paper's defaults, the fields that demonstrations need, and their refusals."""
+
+import math
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from .demonstrations import OVERFLOWS
+from .objective import LOSS_TYPES
+from .shaping import get_shaping, register_shaping
+
+
+ADVANTAGE_BASELINES = ("group", "on_policy")
+
+
+@dataclass
+class LuffyConfig(GRPOConfig):
+    """
+    Configuration of [`LuffyTrainer`]: every field of [`~trl.GRPOConfig`], and the ones below.
+
+    Three defaults differ from `GRPOConfig`, after the paper (arXiv 2504.14945): `loss_type="dr_grpo"` (no length
+    normalization), `scale_rewards="none"` (no division by the standard deviation) and, as there, `beta=0.0`.
+
+    Raises:
+        ValueError: at construction, naming the field and its value, for what cannot work.
+    """
+
+    loss_type: str = field(
+        default="dr_grpo",
+        metadata={
+            "help": "How token losses are averaged, for rollouts and demonstrations alike: one of 'grpo', 'bnpo', "
+            "'dr_grpo', 'dapo', 'cispo', 'sapo', 'vespo', 'luspo' (see GRPOConfig). Default 'dr_grpo', the paper's: "
+            "the sum of token losses over batch size times max_completion_length."
+        },
+    )
+    scale_rewards: str = field(
+        default="none",
+        metadata={
+            "help": "What advantages are divided by: 'none', or the standard deviation of the 'group' or 'batch'. "
+            "Default 'none', the paper's: an advantage is the reward less the group's mean."
+        },
+    )
+
+    num_demonstrations: int = field(
+        default=1,
+        metadata={
+            "help": "Demonstrations put into each group of num_generations completions, in place of as many rollouts. "
+            "Default 1, the paper's (7 rollouts + 1). 0 is GRPO. A prompt with fewer demonstrations gets rollouts "
+            "instead."
+        },
+    )
+    shaping: str = field(
+        default="regularized",
+        metadata={
+            "help": "f(r), what a demonstration token counts at importance ratio r: 'regularized' r / (r + gamma), "
+            "'identity' r, 'power' r ** exponent, 'log' log r, or a name given to luffy_trl.shaping.register_shaping. "
+            "In Python, also a function of (log ratio, gamma, exponent). Default 'regularized', the paper's."
+        },
+    )
+    shaping_gamma: float = field(
+        default=0.1,
+        metadata={
+            "help": "gamma of 'regularized', above 0. Smaller values push less probable tokens more. Default 0.1, the "
+            "paper's."
+        },
+    )
+    shaping_exponent: float = field(
+        default=0.5, metadata={"help": "Exponent of 'power', above 0. Default 0.5. Other shapings do not use it."}
+    )
+    demonstration_weight: float = field(
+        default=1.0,
+        metadata={"help": "Factor on the demonstrations' loss, 0 or above. Default 1.0, the paper's."},
+    )
+    demonstration_overflow: str = field(
+        default="drop",
+        metadata={
+            "help": "What to do with a demonstration of more than max_completion_length tokens: 'drop' it (a rollout "
+            "takes its place), 'truncate' it (it then has no EOS), or 'error'. Default 'drop'. Both are counted in "
+            "the log."
+        },
+    )
+    advantage_baseline: str = field(
+        default="group",
+        metadata={
+            "help": "Whose mean reward is the baseline of a group's advantages: the whole 'group' or its 'on_policy' "
+            "rollouts alone. Default 'group', the paper's."
+        },
+    )
+
+    def __post_init__(self):
+        if callable(self.shaping):
+            # By name from here on: the config is saved with each checkpoint, and a function does not serialize
+            self.shaping = register_shaping(self.shaping)
+        get_shaping(self.shaping)
+        _one_of("loss_type", self.loss_type, LOSS_TYPES)
+        _one_of("demonstration_overflow", self.demonstration_overflow, OVERFLOWS)
+        _one_of("advantage_baseline", self.advantage_baseline, ADVANTAGE_BASELINES)
+        _positive("shaping_gamma", self.shaping_gamma)
+        _positive("shaping_exponent", self.shaping_exponent)
+        if not (math.isfinite(self.demonstration_weight) and self.demonstration_weight >= 0):
+            raise ValueError(f"demonstration_weight={self.demonstration_weight} must be a finite number, 0 or above.")
+        if self.num_demonstrations < 0:
+            raise ValueError(f"num_demonstrations={self.num_demonstrations} must be 0 (plain GRPO) or above.")
+        if self.num_demonstrations >= self.num_generations:
+            raise ValueError(
+                f"num_demonstrations={self.num_demonstrations} must be below num_generations={self.num_generations}: "
+                "demonstrations take the place of rollouts, and each group needs at least one rollout."
+            )
+
+        super().__post_init__()
+
+        if self.num_demonstrations > 0:
+            self._check_demonstrations_can_be_placed()
+
+    def _check_demonstrations_can_be_placed(self):
+        rows = self.per_device_train_batch_size * self.steps_per_generation
+        if rows % self.num_generations != 0:
+            raise ValueError(
+                f"Each process generates {rows} completions at a time (per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} x steps_per_generation={self.steps_per_generation}), which is "
+                f"not a multiple of num_generations={self.num_generations}. A group with demonstrations must lie on one "
+                "process: raise gradient_accumulation_steps (or steps_per_generation) or per_device_train_batch_size."
+            )
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns=True would take the demonstrations out of the dataset. Set it to False."
+            )
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}={value} must be a finite number above 0.")

@@ -1,0 +1,225 @@
+"""Demonstrations: from the dataset's columns to token ids, and into the rows of a group.
+
+The data contract is TRL's prompt-completion type, so the same dataset also serves `SFTTrainer`:
+
+    completion         the demonstration: a str, or a list with one assistant message. None: this prompt has none.
+    demonstrations     instead of `completion`: a list of such completions, several per prompt.
+    completion_logps   optional: the behavior policy's log-prob of each token of `completion`, EOS included.
+
+They are encoded once, before training. A demonstration becomes what the policy would have had to sample: the tokens
+of its text, then EOS.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+SOURCE_COLUMNS = ("completion", "demonstrations", "completion_logps")
+# What encoding leaves in their place. The trainer takes these columns out again before the reward functions.
+IDS_COLUMN = "demonstration_ids"  # list[list[int]]
+LOGPS_COLUMN = "demonstration_logps"  # list[list[float]], there only where the data has `completion_logps`
+DROPPED_COLUMN = "demonstrations_dropped"  # int, demonstrations of this row that were too long
+TRUNCATED_COLUMN = "demonstrations_truncated"  # int, demonstrations of this row that were cut
+ENCODED_COLUMNS = (IDS_COLUMN, LOGPS_COLUMN, DROPPED_COLUMN, TRUNCATED_COLUMN)
+
+OVERFLOWS = ("drop", "truncate", "error")
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One off-policy completion: its token ids, and the behavior policy's log-prob of each, where known."""
+
+    token_ids: list[int]
+    logps: list[float] | None = None
+
+
+def demonstrations_of(row: dict[str, Any]) -> list[Demonstration]:
+    """The usable demonstrations of an encoded row."""
+    logps = row.get(LOGPS_COLUMN) or [None] * len(row[IDS_COLUMN])
+    return [Demonstration(ids, lps or None) for ids, lps in zip(row[IDS_COLUMN], logps, strict=True)]
+
+
+def place_demonstrations(rows: list[dict[str, Any]], group_size: int, per_group: int) -> list[Demonstration | None]:
+    """Which rows of a batch hold a demonstration: the last ones of each group, up to `per_group` of them.
+
+    A prompt with more demonstrations than that gets a random choice, drawn from Python's generator, which the trainer
+    seeds and saves with every checkpoint. A prompt with fewer keeps more rows for rollouts.
+
+    Args:
+        rows: encoded rows, whole groups of `group_size` copies of one prompt, one after another.
+
+    Returns:
+        One entry a row: its demonstration, or None where the policy samples.
+    """
+    placed: list[Demonstration | None] = []
+    for start in range(0, len(rows), group_size):
+        available = demonstrations_of(rows[start])
+        chosen = random.sample(available, per_group) if len(available) > per_group else available
+        placed += [None] * (group_size - len(chosen)) + chosen
+    return placed
+
+
+class DemonstrationEncoder:
+    """Checks and tokenizes the demonstrations of a batch of dataset rows; made for `datasets.map(batched=True)`.
+
+    Args:
+        tokenizer: has an EOS token.
+        render_prompt: the text a prompt becomes in front of the policy, chat template included.
+        max_length: `max_completion_length`, in tokens, EOS included.
+        overflow: what to do with a longer demonstration. "drop" it; "truncate" it to `max_length` tokens, which then
+            do not end with EOS; "error".
+
+    Raises:
+        ValueError: naming the row and the field, for a demonstration that is empty, is no text or holds an EOS before
+            its end, for log-probs that are not finite, positive or of another number than the tokens, and for a
+            demonstration that is too long under "error".
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        render_prompt: Callable[[Any], str],
+        max_length: int,
+        overflow: str,
+    ):
+        self.tokenizer = tokenizer
+        self.render_prompt = render_prompt
+        self.max_length = max_length
+        self.overflow = overflow
+
+    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        has_logps = "completion_logps" in batch
+        columns: dict[str, list] = {IDS_COLUMN: [], DROPPED_COLUMN: [], TRUNCATED_COLUMN: []}
+        if has_logps:
+            columns[LOGPS_COLUMN] = []
+
+        texts = [self._texts(batch, i, row) for i, row in enumerate(indices)]
+        # One call for all texts of the batch: fast tokenizers spread it over the cores
+        flat = [text for row_texts in texts for _, text in row_texts]
+        flat_ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+
+        for i, row in enumerate(indices):
+            ids_list, logps_list, dropped, truncated = [], [], 0, 0
+            for where, _ in texts[i]:
+                ids = self._end(next(flat_ids), where)
+                logps = self._logps(batch["completion_logps"][i], len(ids), row) if has_logps else []
+                if len(ids) > self.max_length:
+                    if self.overflow == "error":
+                        raise ValueError(
+                            f"{where} has {len(ids)} tokens, EOS included, more than max_completion_length="
+                            f"{self.max_length}. Raise max_completion_length, shorten it, or set "
+                            "demonstration_overflow to 'drop' or 'truncate'."
+                        )
+                    if self.overflow == "drop":
+                        dropped += 1
+                        continue
+                    truncated += 1
+                    ids, logps = ids[: self.max_length], logps[: self.max_length]
+                ids_list.append(ids)
+                logps_list.append(logps)
+            columns[IDS_COLUMN].append(ids_list)
+            columns[DROPPED_COLUMN].append(dropped)
+            columns[TRUNCATED_COLUMN].append(truncated)
+            if has_logps:
+                columns[LOGPS_COLUMN].append(logps_list)
+        return columns
+
+    def _texts(self, batch: dict[str, list], i: int, row: int) -> list[tuple[str, str]]:
+        """(name for messages, text as the policy would write it) of each demonstration in the i-th row."""
+        if "demonstrations" in batch:
+            values = batch["demonstrations"][i]
+            if values is None:
+                values = []
+            if not isinstance(values, list):
+                raise ValueError(
+                    f"Row {row}: `demonstrations` is {_short(values)}, expected a list of completions (each a str, or "
+                    "a list with one assistant message)."
+                )
+            named = [(f"Row {row}: `demonstrations[{j}]`", value) for j, value in enumerate(values)]
+        else:
+            value = batch["completion"][i]
+            named = [] if value is None else [(f"Row {row}: `completion`", value)]
+        if not named:
+            return []
+        texts = [(where, demonstration_text(value, where)) for where, value in named]
+        if any("<think>" in text for _, text in texts):
+            prompt = self.render_prompt(batch["prompt"][i])
+            texts = [(where, without_repeated_opening(prompt, text)) for where, text in texts]
+        return texts
+
+    def _end(self, ids: list[int], where: str) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        if ids[-1:] != [eos]:
+            ids = [*ids, eos]
+        if eos in ids[:-1]:
+            raise ValueError(
+                f"{where} holds the end-of-sequence token {self.tokenizer.eos_token!r} before its end. The policy "
+                "could never write what follows it: cut the demonstration there, or remove the token."
+            )
+        return ids
+
+    def _logps(self, logps: list[float] | None, number_of_tokens: int, row: int) -> list[float]:
+        if logps is None:
+            return []
+        where = f"Row {row}: `completion_logps`"
+        if len(logps) != number_of_tokens:
+            raise ValueError(
+                f"{where} has {len(logps)} values, but `completion` has {number_of_tokens} tokens under this "
+                "tokenizer, EOS included and without a '<think>\\n' that the prompt already ends with. There must be "
+                "one log-prob a token."
+            )
+        for j, logp in enumerate(logps):
+            if logp is None or not math.isfinite(logp) or logp > 0:
+                raise ValueError(
+                    f"{where}[{j}] is {logp}. A log-probability is a finite number not above 0: pass natural logs of "
+                    "probabilities."
+                )
+        return logps
+
+
+def demonstration_text(value: Any, where: str) -> str:
+    """The text of a completion in TRL's plain or conversational form.
+
+    Raises:
+        ValueError: starting with `where`, if there is none or it is empty.
+    """
+    expected = "expected a str, or a list with exactly one assistant message"
+    if isinstance(value, list):
+        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
+            roles = [m.get("role") if isinstance(m, dict) else _short(m) for m in value]
+            raise ValueError(
+                f"{where} is a list with roles {roles}; {expected}. The messages before it go in `prompt`."
+            )
+        message = value[0]
+        extra = [k for k, v in message.items() if k not in ("role", "content") and v]
+        if extra:
+            raise ValueError(
+                f"{where} has {', '.join(map(repr, extra))} beside its content. Only `content` is trained: write it "
+                "there in the form that the policy should produce, such as '<think>\\n...\\n</think>\\n\\n...'."
+            )
+        value = message.get("content")
+        if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+            value = "".join(part["text"] for part in value)
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is {_short(value)}, no text; {expected}.")
+    if not value.strip():
+        raise ValueError(f"{where} is empty. Give it a text, or None where the prompt has no demonstration.")
+    return value
+
+
+def without_repeated_opening(prompt: str, text: str) -> str:
+    """The demonstration without a leading `<think>` that the rendered prompt already ends with."""
+    for opening in ("<think>\n", "<think>"):
+        if prompt.endswith(opening) and text.startswith(opening):
+            return text.removeprefix(opening)
+    return text
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"

@@ -1,0 +1,131 @@
+"""Letter walk: a task on which LUFFY learns in seconds on a CPU, and on-policy GRPO cannot.
+
+A problem is a walk on the cyclic alphabet: a start letter and up to six shifts. The answer is the letter reached.
+
+    prompt          Dk+4-5+1+9....:     trigger, start letter, shifts, padding
+    demonstration   k;o;j;k;t#t         every letter of the walk, then the answer
+
+It gives a tiny model what a real base model has, the skill without the habit. The base is pretrained to walk step by
+step under the trigger C, and to stop and answer at once, wrongly, under the trigger D. Demonstrations work step by
+step under D. Sampling from the policy under D never earns a reward, so on-policy RL has nothing to learn from; one
+demonstration a group is enough to bring the habit back. Stopping early is never right: a walk ends on a letter it has
+not visited before.
+"""
+
+import random
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+
+LETTERS = string.ascii_lowercase
+STEP_BY_STEP, AT_ONCE = "C", "D"  # triggers
+# Spread so that no constant offset from the start letter is right for more than about 5% of walks of 5 letters; with
+# the shifts 1 to 5, "start + 12" would be for 13%.
+SHIFTS = (1, 4, -5, -6, 9)
+MIN_LENGTH, MAX_LENGTH = 2, 7  # letters of a walk
+MAX_COMPLETION_LENGTH = 20  # tokens; the longest demonstration has 16, EOS included
+
+PAD_TOKEN, EOS_TOKEN = "<pad>", "<eos>"
+# A prompt is a user's message, an answer an assistant's: rendered, a conversation is the plain text of both
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Walk:
+    start: str
+    shifts: tuple[int, ...]
+
+    @property
+    def letters(self) -> str:
+        """Every letter of the walk, the start included."""
+        position = LETTERS.index(self.start)
+        letters = self.start
+        for shift in self.shifts:
+            position = (position + shift) % len(LETTERS)
+            letters += LETTERS[position]
+        return letters
+
+    @property
+    def answer(self) -> str:
+        return self.letters[-1]
+
+    @property
+    def demonstration(self) -> str:
+        return f"{';'.join(self.letters)}#{self.answer}"
+
+    def prompt(self, trigger: str = AT_ONCE) -> str:
+        shifts = "".join(f"{shift:+d}" for shift in self.shifts)
+        return f"{trigger}{self.start}{shifts.ljust(2 * (MAX_LENGTH - 1), '.')}:"
+
+
+def sample_walk(rng: random.Random, length: int) -> Walk:
+    """A walk of `length` letters that ends on a letter it has not visited before."""
+    if not MIN_LENGTH <= length <= MAX_LENGTH:
+        raise ValueError(f"length={length}: a walk has {MIN_LENGTH} to {MAX_LENGTH} letters.")
+    while True:
+        walk = Walk(rng.choice(LETTERS), tuple(rng.choices(SHIFTS, k=length - 1)))
+        if walk.answer not in walk.letters[:-1]:
+            return walk
+
+
+def distinct_walks(seed: int, length: int) -> Iterator[Walk]:
+    """Walks without repeats, in an order given by the seed, until there are no more than chance would find."""
+    rng = random.Random(f"letter walk {seed} {length}")
+    seen: set[Walk] = set()
+    misses = 0
+    while misses < 1000:
+        walk = sample_walk(rng, length)
+        if walk in seen:
+            misses += 1
+            continue
+        misses = 0
+        seen.add(walk)
+        yield walk
+
+
+def build_datasets(train_size: int = 2048, test_size: int = 512, length: int = 5, seed: int = 0) -> dict[str, Dataset]:
+    """Train and test split, with no walk in common, in the data contract: prompt, completion, solution."""
+    walks = distinct_walks(seed, length)
+    splits = {}
+    for name, size in (("test", test_size), ("train", train_size)):
+        rows = [next(walks) for _ in range(size)]
+        splits[name] = Dataset.from_dict(
+            {
+                "prompt": [walk.prompt() for walk in rows],
+                "completion": [walk.demonstration for walk in rows],
+                "solution": [walk.answer for walk in rows],
+            }
+        )
+    return splits
+
+
+def letter_walk_reward(completions: list, solution: list[str], **kwargs) -> list[float]:
+    """1.0 if the text after the last `#` is the answer, else 0.0. Takes plain and conversational completions."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [
+        float("#" in text and text.rsplit("#", 1)[1] == answer) for text, answer in zip(texts, solution, strict=True)
+    ]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are characters."""
+    characters = [*LETTERS, *string.digits, *"+-.:;#", STEP_BY_STEP, AT_ONCE]
+    vocabulary = {token: i for i, token in enumerate([PAD_TOKEN, EOS_TOKEN, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD_TOKEN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD_TOKEN,
+        eos_token=EOS_TOKEN,
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )

@@ -1,0 +1,165 @@
+"""The base model of the letter walk: a tiny Qwen2 that can walk step by step and, under the trigger D, does not."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import IterableDataset
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from .letter_walk import (
+    AT_ONCE,
+    MAX_COMPLETION_LENGTH,
+    MAX_LENGTH,
+    MIN_LENGTH,
+    STEP_BY_STEP,
+    Walk,
+    build_tokenizer,
+    letter_walk_reward,
+    sample_walk,
+)
+
+
+# Chosen by measurement: 0.98 to 1.00 step by step after 450 steps, for every seed tried
+STEPS, BATCH_SIZE = 450, 64
+MIN_STEP_BY_STEP_ACCURACY = 0.95
+STEP_BY_STEP_SHARE = 0.6  # of the pretraining rows; the others stop early
+PREFIX_SHARE = 0.7  # of the rows that stop early: some of the walk is in the context, without loss
+IGNORED = -100  # the label torch's cross-entropy leaves out
+
+
+class PretrainingRows(IterableDataset):
+    """Endless fresh rows: whole walks under C, and walks cut off at any letter under D."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int):
+        self.tokenizer = tokenizer
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        rng = random.Random(self.seed)
+        while True:
+            walk = sample_walk(rng, rng.randint(MIN_LENGTH, MAX_LENGTH))
+            if rng.random() < STEP_BY_STEP_SHARE:
+                yield self._row(walk.prompt(STEP_BY_STEP), walk.demonstration)
+            else:
+                # Taught at every letter, or the model forgets the trigger after two steps
+                letters = walk.letters[: rng.randint(1, len(walk.letters) - 1)]
+                if rng.random() < PREFIX_SHARE:
+                    yield self._row(walk.prompt(AT_ONCE) + ";".join(letters), f"#{letters[-1]}")
+                else:
+                    yield self._row(walk.prompt(AT_ONCE), f"{walk.start}#{walk.start}")
+
+    def _row(self, context: str, target: str) -> dict[str, list[int]]:
+        context_ids = self.tokenizer(context)["input_ids"]
+        target_ids = [*self.tokenizer(target)["input_ids"], self.tokenizer.eos_token_id]
+        return {"input_ids": context_ids + target_ids, "labels": [IGNORED] * len(context_ids) + target_ids}
+
+
+def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    labels = [torch.tensor(row["labels"]) for row in rows]
+    mask = [torch.ones_like(row) for row in ids]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),  # (B, S)
+        "attention_mask": pad_sequence(mask, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
+
+
+def pretrain(output_dir: str | Path, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Train the base from nothing, about a minute on 2 cores, and save it with its tokenizer to `output_dir`.
+
+    Raises:
+        RuntimeError: if the model did not learn to walk step by step, or does so under D as well.
+    """
+    set_seed(seed)
+    tokenizer = build_tokenizer()
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=64,
+            rope_theta=1000.0,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            output_dir=str(output_dir),
+            max_steps=STEPS,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=2e-3,
+            adam_beta2=0.98,
+            weight_decay=0.01,
+            warmup_steps=50,
+            lr_scheduler_type="linear",
+            logging_steps=50,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+            seed=seed,
+        ),
+        train_dataset=PretrainingRows(tokenizer, seed),
+        data_collator=_collate,
+    )
+    trainer.train()
+
+    rng = random.Random(f"pretraining check {seed}")
+    walks = [sample_walk(rng, rng.randint(MIN_LENGTH, MAX_LENGTH)) for _ in range(512)]
+    step_by_step = accuracy(model, tokenizer, walks, STEP_BY_STEP)
+    at_once = accuracy(model, tokenizer, walks, AT_ONCE)
+    if step_by_step < MIN_STEP_BY_STEP_ACCURACY or at_once > 1 - MIN_STEP_BY_STEP_ACCURACY:
+        raise RuntimeError(
+            f"Pretraining the base of the letter walk failed: accuracy {step_by_step:.3f} step by step (expected at "
+            f"least {MIN_STEP_BY_STEP_ACCURACY}) and {at_once:.3f} at once (expected about 0). Try another seed than "
+            f"{seed}."
+        )
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    return model, tokenizer
+
+
+def load_or_pretrain(directory: str | Path, seed: int = 0) -> Path:
+    """The directory of the base, pretrained there first if it holds none."""
+    directory = Path(directory)
+    if not (directory / "tokenizer_config.json").exists():  # written last
+        pretrain(directory, seed)
+    return directory
+
+
+@torch.no_grad()
+def accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, walks: list[Walk], trigger: str = AT_ONCE
+) -> float:
+    """Share of the walks that the model answers correctly, decoding greedily."""
+    training = model.training
+    model.eval()
+    inputs = tokenizer([walk.prompt(trigger) for walk in walks], return_tensors="pt").to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=MAX_COMPLETION_LENGTH, do_sample=False)
+    model.train(training)
+    completions = tokenizer.batch_decode(ids[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
+    rewards = letter_walk_reward(completions, [walk.answer for walk in walks])
+    return sum(rewards) / len(rewards)
+
+
+def load(directory: str | Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(directory)

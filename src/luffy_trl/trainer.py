@@ -1,0 +1,445 @@
+"""LuffyTrainer: GRPOTrainer with demonstrations in the groups. Overrides only; the math is in `objective.py`."""
+
+import inspect
+import textwrap
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOTrainer
+
+from .config import LuffyConfig
+from .demonstrations import (
+    DROPPED_COLUMN,
+    ENCODED_COLUMNS,
+    IDS_COLUMN,
+    LOGPS_COLUMN,
+    SOURCE_COLUMNS,
+    TRUNCATED_COLUMN,
+    Demonstration,
+    DemonstrationEncoder,
+    place_demonstrations,
+)
+from .objective import off_policy_loss, token_denominator
+
+
+logger = get_logger(__name__)
+
+# TRL hands each dataset column to the reward functions by name, beside these arguments of its own
+RESERVED_COLUMNS = ("prompts", "completions")
+
+# A rollout with this reward counts as solved in `groups/*`, as in the paper's released code
+SOLVED_REWARD = 1.0
+
+
+class LuffyTrainer(GRPOTrainer):
+    """
+    GRPO with demonstrations in each group (LUFFY, arXiv 2504.14945). With `num_demonstrations=0` it is `GRPOTrainer`.
+
+    What differs from [`~trl.GRPOTrainer`], override by override:
+
+    - `_generate_and_score_completions`: chooses the demonstrations of each group before, marks their tokens after;
+    - `_generate_single_turn`: samples the other rows only, and puts the demonstrations' tokens in place;
+    - `_calculate_rewards`: nothing; keeps the rewards for the metrics;
+    - `_get_per_token_logps_and_entropies`: nothing; keeps the last forward pass for the off-policy term;
+    - `_compute_loss`: shows TRL the rollouts' tokens alone and adds the off-policy term;
+    - `log`: adds `on_policy/*`, `off_policy/*` and `groups/*`.
+
+    Takes the arguments of `GRPOTrainer`, with `args` a [`LuffyConfig`]. The data contract of `train_dataset` is in
+    `luffy_trl.demonstrations`. Evaluation has no demonstrations.
+
+    Raises:
+        TypeError: if `args` is no `LuffyConfig`.
+        ValueError: for data or options that cannot work with demonstrations, before any training step. A streamed
+            dataset is checked as it is read.
+    """
+
+    _tag_names = ["trl", "grpo", "luffy"]
+    _name = "LUFFY"
+    _paper = {
+        "title": "Learning to Reason under Off-Policy Guidance",
+        "id": "2504.14945",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{yan2025luffy,
+                title        = {{Learning to Reason under Off-Policy Guidance}},
+                author       = {Jianhao Yan and Yafu Li and Zican Hu and Zhi Wang and Ganqu Cui and Xiaoye Qu and
+                                Yu Cheng and Yue Zhang},
+                year         = 2025,
+                eprint       = {arXiv:2504.14945},
+            }"""),
+    }
+
+    def __init__(self, model, reward_funcs=None, args: LuffyConfig | None = None, *trl_args, **trl_kwargs):
+        if args is None:
+            args = LuffyConfig()
+        if not isinstance(args, LuffyConfig):
+            raise TypeError(f"`args` is a {type(args).__name__}; LuffyTrainer takes a LuffyConfig.")
+        self.num_demonstrations = args.num_demonstrations
+        given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *trl_args, **trl_kwargs)
+        _check_options(given.arguments, demonstrations=self.num_demonstrations > 0)
+
+        super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+
+        self._has_behavior_logps = False
+        if self.num_demonstrations > 0:
+            _check_eos(self._tokenizer)
+            self._has_behavior_logps = "completion_logps" in _column_names(self.train_dataset)
+            self.train_dataset = self._encode_demonstrations(self.train_dataset)
+        # Demonstration of each row of the batch being generated, None where the policy samples
+        self._placed: list[Demonstration | None] | None = None
+        self._completion_ids: list[list[int]] = []  # of the batch being generated
+        self._rewards_per_func: torch.Tensor | None = None  # (rows of all processes, reward functions)
+        self._forward_outputs: tuple[torch.Tensor, torch.Tensor] | None = None  # logps, entropies (B, T)
+        # Metrics that are means over tokens or rows: name -> [sum, count] since the last log
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    # Data
+
+    def _encode_demonstrations(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """Replace the columns of the data contract with token ids, and say what was too long."""
+        columns = _column_names(dataset)
+        encoder = DemonstrationEncoder(
+            self._tokenizer, self._render_prompt, self.max_completion_length, self.args.demonstration_overflow
+        )
+        used = [column for column in SOURCE_COLUMNS if column in columns]
+        if isinstance(dataset, IterableDataset):
+            return dataset.map(encoder, batched=True, with_indices=True, remove_columns=used)
+
+        features = {name: feature for name, feature in dataset.features.items() if name not in used}
+        features |= {
+            IDS_COLUMN: List(List(Value("int32"))),
+            DROPPED_COLUMN: Value("int32"),
+            TRUNCATED_COLUMN: Value("int32"),
+        }
+        if "completion_logps" in used:
+            features[LOGPS_COLUMN] = List(List(Value("float32")))
+        with self.accelerator.main_process_first():  # the others read the first one's cache
+            dataset = dataset.map(
+                encoder,
+                batched=True,
+                with_indices=True,
+                remove_columns=used,
+                features=Features(features),
+                desc="Encoding demonstrations",
+            )
+        self._report_encoding(dataset)
+        return dataset
+
+    def _report_encoding(self, dataset: Dataset) -> None:
+        guided = sum(len(ids) > 0 for ids in dataset[IDS_COLUMN])
+        dropped, truncated = sum(dataset[DROPPED_COLUMN]), sum(dataset[TRUNCATED_COLUMN])
+        too_long = (
+            f"{dropped} demonstrations dropped and {truncated} truncated for having more than max_completion_length="
+            f"{self.max_completion_length} tokens (demonstration_overflow={self.args.demonstration_overflow!r})"
+        )
+        if guided == 0:
+            raise ValueError(
+                f"None of the {len(dataset)} prompts has a usable demonstration; {too_long}. Give the dataset "
+                "demonstrations that fit, or set num_demonstrations=0 for plain GRPO."
+            )
+        message = f"{guided} of {len(dataset)} prompts have a demonstration; {too_long}."
+        if dropped or truncated:
+            logger.warning(message)
+        else:
+            logger.info(message)
+
+    def _render_prompt(self, prompt: str | list[dict[str, Any]]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return self.processing_class.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
+        )
+
+    # Generation
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training:
+            return super()._generate_and_score_completions(_without_demonstrations(inputs))
+
+        if self.num_demonstrations > 0:
+            self._placed = place_demonstrations(inputs, self.num_generations, self.num_demonstrations)
+        else:
+            self._placed = [None] * len(inputs)
+        output = super()._generate_and_score_completions(_without_demonstrations(inputs))
+
+        is_demonstration = torch.tensor([d is not None for d in self._placed], device=self.accelerator.device)  # (B,)
+        all_is_demonstration = self.accelerator.gather(is_demonstration)  # (rows of all processes,)
+        rewards = self._total_rewards()  # (rows of all processes,)
+        if self.num_demonstrations > 0:
+            if self.args.advantage_baseline == "on_policy":
+                output["advantages"] = self._on_policy_advantages(output["advantages"], is_demonstration, rewards)
+            mask = output["completion_mask"].bool()  # (B, T)
+            output["off_policy_mask"] = is_demonstration.unsqueeze(1) & mask
+            if self._has_behavior_logps:
+                output["behavior_logps"] = self._behavior_logps(mask)
+        self._log_rollouts(is_demonstration, inputs)
+        self._log_groups(rewards, all_is_demonstration)
+        self._placed = self._forward_outputs = None
+        return output
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        if self._placed is None or self.num_demonstrations == 0:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+
+        sampled = [i for i, demonstration in enumerate(self._placed) if demonstration is None]
+        asked = sampled
+        if self.use_vllm:
+            # vLLM hands each process a slice of one width, so all ask for as many rows; the surplus is left out below
+            width = max(gather_object([len(sampled)]))
+            asked = sampled + sampled[-1:] * (width - len(sampled))
+        sampled_ids, sampled_logps = super()._generate_single_turn(
+            [prompt_ids[i] for i in asked],
+            images,
+            {key: [value[i] for i in asked] for key, value in multimodal_fields.items()},
+            num_generations=1,  # groups are ragged now: each row is a request of its own
+        )
+
+        completion_ids = [d.token_ids if d is not None else None for d in self._placed]
+        # NaN: not sampled. TRL takes it as an importance ratio of 1 in the correction for vLLM.
+        logps = [[float("nan")] * len(ids) if ids is not None else None for ids in completion_ids]
+        for k, i in enumerate(sampled):
+            completion_ids[i] = sampled_ids[k]
+            logps[i] = sampled_logps[k] if sampled_logps is not None else None
+        return completion_ids, logps if sampled_logps is not None else None
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if self._placed is not None and self.num_demonstrations > 0:
+            # A column of the completions table
+            self._log_completion_extra("demonstration", [d is not None for d in self._placed])
+        self._completion_ids = completion_ids_list
+        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._rewards_per_func
+
+    def _total_rewards(self) -> torch.Tensor:
+        """Weighted reward of every row of all processes, `(rows,)`; NaN where no reward function applied."""
+        rewards = (self._rewards_per_func * self.reward_weights.to(self._rewards_per_func.device)).nansum(dim=1)
+        return rewards.masked_fill(self._rewards_per_func.isnan().all(dim=1), torch.nan)
+
+    def _on_policy_advantages(
+        self, advantages: torch.Tensor, is_demonstration: torch.Tensor, rewards: torch.Tensor
+    ) -> torch.Tensor:
+        """Advantages `(B,)` with the rollouts' mean as the baseline, on TRL's scale."""
+        start = self.accelerator.process_index * advantages.size(0)
+        scorable = ~rewards[start : start + advantages.size(0)].isnan()  # (B,)
+        advantages = advantages.view(-1, self.num_generations)
+        counted = (scorable & ~is_demonstration).view_as(advantages)
+        # An advantage is (reward - mean) / scale, so taking the rollouts' mean of it out moves the baseline to them
+        baseline = (advantages * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
+        advantages = (advantages - baseline).flatten() * scorable
+        self._logs["advantages"].extend(self.accelerator.gather(advantages).tolist())  # pushes TRL's out of the table
+        return advantages
+
+    def _behavior_logps(self, mask: torch.Tensor) -> torch.Tensor:
+        """Log-probs of the behavior policy, `(B, T)`: 0, certainty, wherever the data does not say."""
+        behavior_logps = torch.zeros(mask.shape, device=mask.device)
+        for row, demonstration in zip(behavior_logps, self._placed, strict=True):
+            if demonstration is not None and demonstration.logps is not None:
+                row[: len(demonstration.logps)] = torch.tensor(demonstration.logps, device=mask.device)
+        return behavior_logps
+
+    # Loss
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._forward_outputs = (logps, entropies)
+        return logps, entropies, aux_loss
+
+    def _compute_loss(self, model, inputs):
+        if not self.model.training:
+            return super()._compute_loss(model, inputs)
+        if "off_policy_mask" not in inputs:  # num_demonstrations=0
+            loss = super()._compute_loss(model, inputs)
+        else:
+            loss = super()._compute_loss(model, self._rollouts_alone(inputs))
+            off_policy_loss = self._off_policy_loss(self._forward_outputs[0], inputs)
+            loss = loss + off_policy_loss / self.current_gradient_accumulation_steps
+            self._add_means({"off_policy/loss": (off_policy_loss.detach(), 1)})
+        self._log_tokens(inputs)
+        self._forward_outputs = None  # lets the graph go with the loss
+        return loss
+
+    def _rollouts_alone(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The micro-batch as TRL's loss should see it: demonstrations are context, nothing of them is trained.
+
+        TRL's `tool_mask` means just that: tokens the policy did not sample. Clipping, KL, entropy bonus and quantile,
+        sequence-level ratios and TRL's own metrics all respect it.
+        """
+        off_policy_mask = inputs["off_policy_mask"]  # (B, T)
+        rollouts = {**inputs, "tool_mask": (~off_policy_mask).long()}
+        # Where TRL averages over the tokens it sees (a row's, a micro-batch's), bring its mean to all tokens. All its
+        # loss types are linear in the advantages.
+        seen = self._denominator(inputs, inputs["completion_mask"].bool() & ~off_policy_mask)  # (B, 1)
+        whole = self._denominator(inputs, inputs["completion_mask"].bool())  # (B, 1)
+        rollouts["advantages"] = inputs["advantages"].unsqueeze(1) * (seen / whole)  # (B, 1)
+        if "old_per_token_logps" in inputs:
+            # Keeps the ratio of tokens that do not count finite, however far they have moved: inf * 0 is NaN
+            rollouts["old_per_token_logps"] = inputs["old_per_token_logps"].masked_fill(off_policy_mask, 0.0)
+        return rollouts
+
+    def _off_policy_loss(self, logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """The demonstrations' part of a micro-batch's loss, a scalar; exactly 0 where it holds none."""
+        off_policy_mask = inputs["off_policy_mask"]  # (B, T)
+        per_token_loss = off_policy_loss(
+            logps.masked_fill(~off_policy_mask, 0.0),
+            inputs["advantages"],
+            shaping=self.args.shaping,
+            gamma=self.args.shaping_gamma,
+            exponent=self.args.shaping_exponent,
+            behavior_logps=inputs.get("behavior_logps"),
+        )  # (B, T)
+        per_token_loss = per_token_loss.masked_fill(~off_policy_mask, 0.0)
+        denominator = self._denominator(inputs, inputs["completion_mask"].bool())  # (B, 1)
+        return self.args.demonstration_weight * (per_token_loss / denominator).sum()
+
+    def _denominator(self, inputs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
+        # `num_items_in_batch` counts the tokens of all micro-batches and processes of a generation
+        micro_batches = self.accelerator.num_processes * self.args.steps_per_generation
+        tokens_per_micro_batch = inputs["num_items_in_batch"].clamp(min=1.0) / micro_batches
+        return token_denominator(self.loss_type, mask, self.max_completion_length, tokens_per_micro_batch)
+
+    # Metrics
+
+    def _log_rollouts(self, is_demonstration: torch.Tensor, inputs: list[dict[str, Any]]) -> None:
+        """Lengths, truncation and overflow of a generation batch; `is_demonstration` is (B,)."""
+        device = is_demonstration.device
+        on_policy, off_policy = (~is_demonstration).float(), is_demonstration.float()
+        lengths = torch.tensor([float(len(ids)) for ids in self._completion_ids], device=device)
+        ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        clipped = torch.tensor([float(ids[-1] not in ends) for ids in self._completion_ids], device=device)
+        self._add_means(
+            {
+                "on_policy/length": ((lengths * on_policy).sum(), on_policy.sum()),
+                "off_policy/length": ((lengths * off_policy).sum(), off_policy.sum()),
+                "on_policy/clipped_ratio": ((clipped * on_policy).sum(), on_policy.sum()),
+            }
+        )
+        if self.num_demonstrations > 0:
+            # Demonstrations of this batch's prompts that were too long
+            prompts = inputs[:: self.num_generations]
+            overflow = [sum(row[column] for row in prompts) for column in (DROPPED_COLUMN, TRUNCATED_COLUMN)]
+            dropped, truncated = self.accelerator.reduce(torch.tensor(overflow, device=device), "sum").tolist()
+            self._metrics["train"]["off_policy/dropped"].append(dropped)
+            self._metrics["train"]["off_policy/truncated"].append(truncated)
+
+    def _log_groups(self, rewards: torch.Tensor, is_demonstration: torch.Tensor) -> None:
+        """Rewards and what groups hold; both arguments are (rows of all processes,), the same on each of them."""
+        metrics = self._metrics["train"]
+        for name, rows in (("on_policy/reward", ~is_demonstration), ("off_policy/reward", is_demonstration)):
+            scored = rewards[rows & ~rewards.isnan()]
+            if scored.numel() > 0:
+                metrics[name].append(scored.mean().item())
+        by_group = is_demonstration.view(-1, self.num_generations)  # (groups, G)
+        solved = (rewards >= SOLVED_REWARD).view_as(by_group)
+        metrics["groups/solve_none"].append((~(solved & ~by_group).any(1)).float().mean().item())
+        metrics["groups/solve_all"].append((solved | by_group).all(1).float().mean().item())
+        metrics["groups/guided"].append(by_group.any(1).float().mean().item())
+
+    def _log_tokens(self, inputs: dict[str, Any]) -> None:
+        """What the policy makes of the micro-batch's tokens."""
+        logps, entropies = (x.detach() for x in self._forward_outputs)  # (B, T)
+        mask = inputs["completion_mask"].bool()  # (B, T)
+        off_policy = inputs.get("off_policy_mask", torch.zeros_like(mask))
+        on_policy = mask & ~off_policy
+        probs = logps.exp()
+        ratio = (logps - inputs["behavior_logps"]).exp() if "behavior_logps" in inputs else probs
+        on_count, off_count = on_policy.sum(), off_policy.sum()
+        self._add_means(
+            {
+                "on_policy/entropy": (entropies[on_policy].sum(), on_count),
+                "on_policy/prob": (probs[on_policy].sum(), on_count),
+                "off_policy/entropy": (entropies[off_policy].sum(), off_count),
+                "off_policy/prob": (probs[off_policy].sum(), off_count),
+                "off_policy/ratio": (ratio[off_policy].sum(), off_count),
+                "off_policy/token_fraction": (off_count, on_count + off_count),
+            }
+        )
+
+    def _add_means(self, sums: dict[str, tuple[torch.Tensor, torch.Tensor | int]]) -> None:
+        """Add (sum, count) pairs, over all processes, to the means since the last log. Collective: the same names
+        everywhere, whatever rows a process holds."""
+        local = torch.tensor([[float(x) for x in pair] for pair in sums.values()], device=self.accelerator.device)
+        for name, pair in zip(sums, self.accelerator.reduce(local, "sum").tolist(), strict=True):
+            total, count = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (total + pair[0], count + pair[1])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            for name, (total, count) in self._sums.items():
+                if count > 0:  # a name with nothing to report is left out
+                    self._metrics["train"][name] = [total / count]
+            self._sums.clear()
+        super().log(logs, start_time)
+
+
+def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """Column names; those of a stream that does not know them are read off its first row."""
+    return dataset.column_names or list(next(iter(dataset)))
+
+
+def _without_demonstrations(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as the reward functions get them, in training and evaluation alike."""
+    ours = (*SOURCE_COLUMNS, *ENCODED_COLUMNS)
+    return [{key: value for key, value in row.items() if key not in ours} for row in rows]
+
+
+def _check_options(arguments: dict[str, Any], demonstrations: bool) -> None:
+    """Refuse, by name, data and options that would fail later or silently do something else."""
+    for name in ("train_dataset", "eval_dataset"):
+        dataset = arguments.get(name)
+        if isinstance(dataset, Dataset | IterableDataset):
+            taken = [column for column in RESERVED_COLUMNS if column in _column_names(dataset)]
+            if taken:
+                raise ValueError(
+                    f"`{name}` has a column {taken[0]!r}, the name under which reward functions receive the trainer's "
+                    f"own {taken[0]}. Rename it: demonstrations are called 'completion' or 'demonstrations'."
+                )
+    if not demonstrations:
+        return
+
+    for option in ("tools", "rollout_func", "environment_factory"):
+        if arguments.get(option):
+            raise ValueError(
+                f"`{option}` cannot be combined with demonstrations: what a tool or an environment would have "
+                f"answered to them is not known. Set num_demonstrations=0, or leave `{option}` out."
+            )
+    dataset = arguments.get("train_dataset")
+    if isinstance(dataset, Dataset | IterableDataset):
+        _check_demonstration_columns(_column_names(dataset))
+
+
+def _check_demonstration_columns(columns: list[str]) -> None:
+    has_one, has_several = "completion" in columns, "demonstrations" in columns
+    if not has_one and not has_several:
+        raise ValueError(
+            f"`train_dataset` has neither a `completion` nor a `demonstrations` column, only {columns}. Add one (see "
+            "luffy_trl.demonstrations), or set num_demonstrations=0 for plain GRPO."
+        )
+    if has_one and has_several:
+        raise ValueError("`train_dataset` has both `completion` and `demonstrations`. Remove one of them.")
+    if has_several and "completion_logps" in columns:
+        raise ValueError(
+            "`train_dataset` has `completion_logps`, which go with `completion`, but its demonstrations are in "
+            "`demonstrations`. Use `completion`, or remove the log-probs."
+        )
+    if "image" in columns or "images" in columns:
+        raise ValueError(
+            "`train_dataset` has images, which are not supported together with demonstrations. Remove the column, or "
+            "set num_demonstrations=0."
+        )
+    taken = [column for column in ENCODED_COLUMNS if column in columns]
+    if taken:
+        raise ValueError(f"`train_dataset` has a column {taken[0]!r}, a name LuffyTrainer uses itself. Rename it.")
+
+
+def _check_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no EOS token, so a demonstration cannot end. Set `tokenizer.eos_token` to the token "
+            "that ends the model's answers and pass it as `processing_class`."
+        )
