@@ -118,8 +118,9 @@ class LuffyConfig(GRPOConfig):
             raise ValueError(
                 f"Each process generates {rows} completions at a time (per_device_train_batch_size="
                 f"{self.per_device_train_batch_size} x steps_per_generation={self.steps_per_generation}), which is "
-                f"not a multiple of num_generations={self.num_generations}. A group with demonstrations must lie on one "
-                "process: raise gradient_accumulation_steps (or steps_per_generation) or per_device_train_batch_size."
+                f"not a multiple of num_generations={self.num_generations}. A group with demonstrations must not be "
+                "split between processes: raise gradient_accumulation_steps (or steps_per_generation) or "
+                "per_device_train_batch_size."
             )
         if self.remove_unused_columns:
             raise ValueError(

@@ -1,0 +1,116 @@
+"""Tiny models, tokenizers and datasets, made on the spot: CPU, float32, no network."""
+
+import os
+
+
+# Before any Hugging Face import: nothing in the tests may reach for the network
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+from luffy_trl import LuffyConfig, LuffyTrainer
+from luffy_trl.tasks.letter_walk import build_datasets, build_tokenizer
+
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"the folder of real problems and traces is not here ({SHARED_DATA})")
+    return SHARED_DATA
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # fast tests first
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, tokenizer) -> Path:
+    """A randomly initialised Qwen2 with the letter walk's tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny-model")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        initializer_range=0.2,  # peaked distributions: ratios and clips that matter
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def walks() -> Dataset:
+    """16 letter walks, each with a demonstration."""
+    return build_datasets(train_size=16, test_size=1, length=4, seed=0)["train"]
+
+
+def letters_reward(completions: list, **kwargs) -> list[float]:
+    """Between 0 and 1, different for most completions: the share of distinct characters."""
+    return [len(set(text)) / max(len(text), 1) for text in completions]
+
+
+MakeTrainer = Callable[..., LuffyTrainer]
+
+
+@pytest.fixture
+def config(tmp_path) -> Callable[..., LuffyConfig]:
+    def make(**overrides) -> LuffyConfig:
+        options = {
+            "output_dir": str(tmp_path / "out"),
+            "num_generations": 4,
+            "per_device_train_batch_size": 8,
+            "max_completion_length": 16,
+            "max_steps": 2,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        }
+        return LuffyConfig(**(options | overrides))
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(config, tiny_model_dir, walks, tokenizer) -> MakeTrainer:
+    """A LuffyTrainer on the tiny model; keyword arguments go to LuffyConfig."""
+
+    def make(dataset: Dataset = walks, reward=letters_reward, trainer_options: dict | None = None, **overrides):
+        return LuffyTrainer(
+            str(tiny_model_dir),
+            reward,
+            config(**overrides),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            **(trainer_options or {}),
+        )
+
+    return make

@@ -1,0 +1,129 @@
+"""What cannot work is refused by name and value, before any training step."""
+
+import pytest
+from datasets import Dataset
+
+from luffy_trl import LuffyTrainer
+from luffy_trl.shaping import SHAPINGS
+from luffy_trl.tasks.letter_walk import build_tokenizer
+
+from .conftest import letters_reward
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_demonstrations": 4}, "num_demonstrations=4 must be below num_generations=4"),
+        ({"num_demonstrations": -1}, "num_demonstrations=-1 must be 0"),
+        ({"shaping": "cubic"}, "Unknown shaping 'cubic'. Known are 'regularized', 'identity', 'power', 'log'"),
+        ({"shaping_gamma": 0.0}, "shaping_gamma=0.0 must be a finite number above 0"),
+        ({"shaping_gamma": -0.1}, "shaping_gamma=-0.1 must be"),
+        ({"shaping_gamma": float("nan")}, "shaping_gamma=nan must be"),
+        ({"shaping_exponent": 0.0}, "shaping_exponent=0.0 must be"),
+        ({"demonstration_weight": -1.0}, "demonstration_weight=-1.0 must be"),
+        ({"demonstration_overflow": "cut"}, "demonstration_overflow='cut' is not one of 'drop', 'truncate', 'error'"),
+        ({"advantage_baseline": "best"}, "advantage_baseline='best' is not one of 'group', 'on_policy'"),
+        ({"loss_type": "mean"}, "loss_type='mean' is not one of"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True would take the demonstrations out"),
+    ],
+)
+def test_config(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_a_group_must_not_be_split_between_processes(config, monkeypatch):
+    # two processes with two rows each make one whole group of four, which TRL accepts
+    monkeypatch.setattr(type(config()), "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"Each process generates 2 completions at a time .* num_generations=4"):
+        config(per_device_train_batch_size=2)
+    config(per_device_train_batch_size=2, num_demonstrations=0)
+
+
+def test_a_callable_shaping_is_kept_by_name(config):
+    def halved(log_ratio, gamma, exponent):
+        return log_ratio.exp() / 2
+
+    try:
+        args = config(shaping=halved)
+        assert args.shaping == "halved"
+        assert SHAPINGS["halved"] is halved
+        assert '"shaping": "halved"' in args.to_json_string()
+    finally:
+        SHAPINGS.pop("halved", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.remove_columns("completion"), "neither a `completion` nor a `demonstrations` column, only"),
+        (lambda d: d.add_column("demonstrations", [["a"]] * 16), "both `completion` and `demonstrations`"),
+        (lambda d: d.rename_column("completion", "completions"), "has a column 'completions'"),
+        (lambda d: d.add_column("prompts", ["a"] * 16), "has a column 'prompts'"),
+        (lambda d: d.add_column("image", ["a"] * 16), "has images, which are not supported"),
+        (lambda d: d.add_column("demonstration_ids", [0] * 16), "'demonstration_ids', a name LuffyTrainer uses"),
+        (lambda d: d.add_column("completion_logps", [[-1.0]] * 16), "Row 0: `completion_logps` has 1 values"),
+        (
+            lambda d: (
+                d.rename_column("completion", "old")
+                .add_column("demonstrations", [["a"]] * 16)
+                .add_column("completion_logps", [[-1.0]] * 16)
+            ),
+            "`completion_logps`, which go with `completion`",
+        ),
+        (
+            lambda d: d.remove_columns("completion").add_column("completion", [*d["completion"][:9], "", *["a"] * 6]),
+            "Row 9: `completion` is empty",
+        ),
+        (lambda d: d.remove_columns("completion").add_column("completion", list(range(16))), "is int 0, no text"),
+        (
+            lambda d: d.remove_columns("completion").add_column("completion", ["a" * 99] * 16),
+            "None of the 16 prompts has a usable demonstration; 16 demonstrations dropped and 0 truncated",
+        ),
+    ],
+)
+def test_data(make_trainer, walks, change, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(change(walks))
+
+
+def test_data_without_demonstrations_is_fine_for_grpo(make_trainer, walks):
+    make_trainer(walks.remove_columns("completion"), num_demonstrations=0).train()
+
+
+def test_too_long_can_be_an_error(make_trainer):
+    rows = Dataset.from_list([{"prompt": "Da:", "completion": "b#b"}, {"prompt": "Db:", "completion": "b" * 16}])
+    with pytest.raises(ValueError, match="Row 1: `completion` has 17 tokens"):
+        make_trainer(rows, demonstration_overflow="error")
+
+
+@pytest.mark.parametrize("option", ["tools", "rollout_func", "environment_factory"])
+def test_options_that_cannot_know_a_demonstration(make_trainer, option):
+    def function():
+        """Does nothing."""
+
+    value = [function] if option == "tools" else function
+    with pytest.raises(ValueError, match=f"`{option}` cannot be combined with demonstrations"):
+        make_trainer(trainer_options={option: value})
+
+
+@pytest.mark.parametrize("from_directory", [False, True])
+def test_a_tokenizer_without_eos(tiny_model_dir, walks, config, tmp_path, from_directory):
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = None
+    model = str(tiny_model_dir)
+    if from_directory:
+        for file in tiny_model_dir.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        tokenizer.save_pretrained(tmp_path)
+        model, tokenizer = str(tmp_path), None
+    with pytest.raises(ValueError, match="The tokenizer has no EOS token"):
+        LuffyTrainer(model, letters_reward, config(), train_dataset=walks, processing_class=tokenizer)
+
+
+def test_a_plain_grpo_config(tiny_model_dir, walks, tmp_path):
+    from trl import GRPOConfig
+
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(TypeError, match="`args` is a GRPOConfig; LuffyTrainer takes a LuffyConfig"):
+        LuffyTrainer(str(tiny_model_dir), letters_reward, args, train_dataset=walks)

@@ -1,0 +1,438 @@
+"""Groups, data and metrics through the real trainer on a tiny model."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from luffy_trl import LuffyTrainer
+from luffy_trl.tasks.letter_walk import build_datasets
+
+from .conftest import letters_reward
+
+
+def generate_batch(trainer, prompts=None):
+    """One generation batch, before it is shuffled and split."""
+    trainer.model.train()
+    rows = [row for row in (prompts or trainer.train_dataset) for _ in range(trainer.num_generations)]
+    return trainer._generate_and_score_completions(rows)
+
+
+def count_generated(trainer, monkeypatch) -> list[int]:
+    """Rows of every call of `model.generate` from now on."""
+    counts, generate = [], trainer.model.generate
+
+    def counting(*args, **kwargs):
+        counts.append(kwargs["input_ids"].size(0))
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.model, "generate", counting)
+    return counts
+
+
+def off_policy_texts(trainer, output) -> list[str | None]:
+    """Decoded demonstration of each row, EOS included; None for a rollout."""
+    return [
+        trainer.processing_class.decode(ids[mask]) if mask.any() else None
+        for ids, mask in zip(output["completion_ids"], output["off_policy_mask"], strict=True)
+    ]
+
+
+def with_demonstrations(walks: Dataset, demonstrations: list) -> Dataset:
+    walks = walks.select(range(len(demonstrations))).remove_columns("completion")
+    return walks.add_column("demonstrations", demonstrations)
+
+
+def assert_finite(log_history: list[dict], may_be_none: tuple[str, ...] = ()) -> None:
+    for line in log_history:
+        for key, value in line.items():
+            if value is None and key in may_be_none:
+                continue
+            assert value is not None, key
+            assert math.isfinite(value), f"{key}={value}"
+
+
+# The limit that must equal the parent
+
+
+def test_without_demonstrations_it_is_grpo_bit_for_bit(tmp_path, tiny_model_dir, tokenizer, walks, config):
+    options = {
+        "num_generations": 4,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_completion_length": 16,
+        "max_steps": 10,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "loss_type": "dr_grpo",
+        "scale_rewards": "none",
+    }
+    histories, weights = [], []
+    for trainer_class, args in [
+        (GRPOTrainer, GRPOConfig(str(tmp_path / "grpo"), **options)),
+        (LuffyTrainer, config(**options, num_demonstrations=0)),
+    ]:
+        trainer = trainer_class(
+            str(tiny_model_dir), letters_reward, args, train_dataset=walks, processing_class=tokenizer
+        )
+        trainer.train()
+        histories.append([line for line in trainer.state.log_history if "loss" in line])
+        weights.append(trainer.model.state_dict())
+    assert len(histories[0]) == 10
+    for theirs, ours in zip(*histories, strict=True):
+        for key in set(theirs) - {"step_time"}:
+            assert ours[key] == theirs[key], key
+    for name, tensor in weights[0].items():
+        assert torch.equal(weights[1][name], tensor), name
+    assert any(not torch.equal(weights[0][n], w) for n, w in _initial(tiny_model_dir).items())  # it did train
+
+
+def _initial(directory) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(directory).state_dict()
+
+
+# Groups
+
+
+def test_only_rollouts_are_sampled(make_trainer, walks, monkeypatch):
+    demonstrations = [[walks[0]["completion"]], [], None, [walks[3]["completion"]] * 2]
+    trainer = make_trainer(with_demonstrations(walks, demonstrations), per_device_train_batch_size=16)
+    counts = count_generated(trainer, monkeypatch)
+    output = generate_batch(trainer)
+    assert counts == [3 + 4 + 4 + 3]
+    expected = [None] * 3 + [walks[0]["completion"] + "<eos>"] + [None] * 11 + [walks[3]["completion"] + "<eos>"]
+    assert off_policy_texts(trainer, output) == expected
+
+
+def test_several_demonstrations_a_group_come_from_the_prompts_own(make_trainer, walks, monkeypatch):
+    several = [["a#a", "b#b", "c#c"], ["d#d"]]
+    trainer = make_trainer(with_demonstrations(walks, several), num_demonstrations=2)
+    counts = count_generated(trainer, monkeypatch)
+    drawn = set()
+    for _ in range(20):
+        texts = off_policy_texts(trainer, generate_batch(trainer))
+        assert texts[:2] == [None] * 2
+        assert texts[4:] == [None] * 3 + ["d#d<eos>"]
+        assert len(set(texts[2:4])) == 2  # two different ones
+        drawn |= set(texts[2:4])
+    assert drawn == {"a#a<eos>", "b#b<eos>", "c#c<eos>"}
+    assert set(counts) == {2 + 3}
+
+
+def test_advantages_are_over_the_whole_group(make_trainer, walks):
+    rewards = iter([0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+    trainer = make_trainer(
+        walks.select(range(2)), reward=lambda completions, **kw: [next(rewards) for _ in completions]
+    )
+    advantages = generate_batch(trainer)["advantages"]
+    assert advantages.tolist() == [-0.25, -0.25, -0.25, 0.75, 0.25, -0.75, 0.25, 0.25]
+
+
+@pytest.mark.parametrize("scale_rewards", ["none", "group"])
+def test_on_policy_baseline_is_the_rollouts_mean(make_trainer, walks, scale_rewards):
+    rewards = [0.0, 0.5, 0.25, 1.0, 1.0, None, 0.0, 1.0]  # the last of each four is the demonstration
+    trainer = make_trainer(
+        walks.select(range(2)),
+        reward=lambda completions, **kw: rewards,
+        advantage_baseline="on_policy",
+        scale_rewards=scale_rewards,
+    )
+    advantages = generate_batch(trainer)["advantages"]
+    expected = torch.tensor([-0.25, 0.25, 0.0, 0.75, 0.5, 0.0, -0.5, 0.5])  # None: no advantage
+    if scale_rewards == "group":
+        std = torch.tensor([torch.tensor(r).std() for r in ([0.0, 0.5, 0.25, 1.0], [1.0, 0.0, 1.0])])
+        expected = expected / (std.repeat_interleave(4) + 1e-4)
+    torch.testing.assert_close(advantages, expected)
+    assert list(trainer._logs["advantages"]) == pytest.approx(advantages.tolist())
+
+
+def test_rewards_grade_demonstrations_and_see_no_column_of_ours(make_trainer, walks):
+    seen = {}
+
+    def reward(prompts, completions, completion_ids, **columns):
+        seen.update(columns, completions=completions)
+        return [1.0] * len(completions)
+
+    trainer = make_trainer(walks.select(range(2)), reward=reward)
+    generate_batch(trainer)
+    assert seen["completions"][3] == walks[0]["completion"]
+    assert seen["solution"] == [walks[0]["solution"]] * 4 + [walks[1]["solution"]] * 4
+    ours = {"completion", "demonstrations", "completion_logps"} | {c for c in seen if c.startswith("demonstration")}
+    assert not ours & set(seen)
+
+
+def test_conversational_prompts(make_trainer, walks, monkeypatch):
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+        for row in walks
+    ]
+
+    def reward(completions, **kwargs):
+        return [len(completion[0]["content"]) / 16 for completion in completions]
+
+    trainer = make_trainer(Dataset.from_list(rows), reward=reward)
+    output = generate_batch(trainer, trainer.train_dataset.select(range(2)))
+    assert off_policy_texts(trainer, output)[3] == walks[0]["completion"] + "<eos>"
+    trainer.train()
+    assert_finite(trainer.state.log_history)
+
+
+def test_a_streamed_dataset(make_trainer, walks):
+    stream = IterableDataset.from_generator(lambda: iter(walks))
+    trainer = make_trainer(stream)
+    trainer.train()
+    assert trainer.state.log_history[0]["groups/guided"] == 1.0
+    assert_finite(trainer.state.log_history)
+
+
+def test_evaluation_has_no_demonstrations(make_trainer, walks, monkeypatch):
+    trainer = make_trainer(
+        trainer_options={"eval_dataset": walks.select(range(2))}, per_device_eval_batch_size=8, eval_strategy="steps"
+    )
+    counts = count_generated(trainer, monkeypatch)
+    trainer.model.eval()
+    metrics = trainer.evaluate()
+    assert counts == [8]
+    assert_finite([metrics])
+    assert not [key for key in metrics if "off_policy" in key]
+
+
+# Behavior log-probs and padding
+
+
+def test_behavior_logps_reach_the_ratio(make_trainer, walks):
+    logps = [[-0.5, -0.25, -1.0, -2.0], None]
+    dataset = walks.select(range(2)).remove_columns("completion")
+    dataset = dataset.add_column("completion", ["b#b", "c#c"]).add_column("completion_logps", logps)
+    trainer = make_trainer(dataset)
+    output = generate_batch(trainer)
+    width = output["completion_ids"].size(1)
+    expected = torch.zeros(8, width)
+    expected[3, :4] = torch.tensor(logps[0])
+    torch.testing.assert_close(output["behavior_logps"], expected)
+
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.compute_loss(trainer.model, output)
+    policy = trainer._get_per_token_logps_and_entropies(
+        trainer.model,
+        torch.cat([output["prompt_ids"], output["completion_ids"]], 1),
+        torch.cat([output["prompt_mask"], output["completion_mask"]], 1),
+        width,
+    )[0]
+    ratios = (policy - expected).exp()[output["off_policy_mask"]]
+    total, count = trainer._sums["off_policy/ratio"]
+    assert count == 8
+    assert total / count == pytest.approx(ratios.mean().item(), rel=1e-5)
+
+
+def test_padding_has_no_say(make_trainer, walks):
+    trainer = make_trainer(walks.select(range(2)))
+    trainer.current_gradient_accumulation_steps = 1
+    output = generate_batch(trainer)
+    pad = ~output["completion_mask"].bool()
+    assert pad.any()
+    loss = trainer.compute_loss(trainer.model, output)
+    output["completion_ids"] = output["completion_ids"].masked_fill(pad, 7)
+    output["behavior_logps"] = torch.where(output["off_policy_mask"], 0.0, torch.nan)
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, output), loss)
+
+
+# Micro-batches and groups that lack something
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"])
+def test_micro_batches_of_one_row_are_finite(make_trainer, walks, loss_type):
+    demonstrations = [[walks[0]["completion"]], [], None, []]  # 1 of 16 micro-batches holds a demonstration
+    trainer = make_trainer(
+        with_demonstrations(walks, demonstrations),
+        loss_type=loss_type,
+        beta=0.1,
+        entropy_coef=0.01,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=16,
+    )
+    trainer.train()
+    assert_finite(trainer.state.log_history)
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert trainer.state.log_history[0]["groups/guided"] == 0.25
+
+
+def test_a_micro_batch_without_demonstrations_adds_exactly_nothing(make_trainer, walks):
+    trainer = make_trainer(walks.select(range(2)))
+    trainer.current_gradient_accumulation_steps = 1
+    output = generate_batch(trainer)
+    output["off_policy_mask"] = torch.zeros_like(output["off_policy_mask"])
+    with_term = trainer.compute_loss(trainer.model, output)
+    del output["off_policy_mask"]
+    assert torch.equal(with_term, trainer.compute_loss(trainer.model, output))
+
+
+def test_equal_rewards_are_no_signal(make_trainer, walks):
+    trainer = make_trainer(walks, reward=lambda completions, **kwargs: [1.0] * len(completions))
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert_finite(trainer.state.log_history)
+    assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_iterations": 2},
+        {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 8, "steps_per_generation": 1, "gradient_accumulation_steps": 2},
+        {"num_iterations": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "beta": 0.1},
+        {"importance_sampling_level": "sequence", "loss_type": "grpo", "num_iterations": 2},
+        {"top_entropy_quantile": 0.5, "entropy_coef": 0.01, "num_iterations": 2},
+        {"use_adaptive_entropy": True, "off_policy_mask_threshold": 0.1, "num_iterations": 2},
+        {"multi_objective_aggregation": "normalize_then_sum", "advantage_baseline": "on_policy"},
+        {"mask_truncated_completions": True, "delta": 2.0, "gradient_checkpointing": True},
+        {"pad_to_multiple_of": 8},
+        {"demonstration_weight": 0.0, "shaping": "log"},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_trl_options_keep_working(make_trainer, options):
+    trainer = make_trainer(max_steps=4, **options)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    # TRL logs None for these where every rollout of the step is masked out, with or without demonstrations
+    masked = ("clip_ratio/low_min", "clip_ratio/high_max") if "mask_truncated_completions" in options else ()
+    assert_finite(trainer.state.log_history, may_be_none=masked)
+    assert trainer.state.global_step == 4
+    assert any(not torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+
+
+# Too long
+
+
+@pytest.mark.parametrize(
+    ("overflow", "guided", "dropped", "truncated"), [("drop", 0.5, 1.0, 0.0), ("truncate", 1.0, 0.0, 1.0)]
+)
+def test_demonstrations_that_are_too_long_are_counted(make_trainer, walks, overflow, guided, dropped, truncated):
+    dataset = with_demonstrations(walks, [["a;b;c;d;e#e"], ["b#b"]])  # 12 and 4 tokens
+    trainer = make_trainer(
+        dataset, max_completion_length=8, demonstration_overflow=overflow, reward=lambda completions, **kw: [0.0] * 8
+    )
+    texts = off_policy_texts(trainer, generate_batch(trainer))
+    assert texts[3] == (None if overflow == "drop" else "a;b;c;d;")  # cut, so without EOS
+    assert texts[7] == "b#b<eos>"
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert (line["groups/guided"], line["off_policy/dropped"], line["off_policy/truncated"]) == (
+        guided, dropped, truncated,
+    )  # fmt: skip
+
+
+def test_a_truncated_demonstration_can_be_masked_out(make_trainer, walks):
+    dataset = with_demonstrations(walks, [["a;b;c;d;e#e"], ["b#b"]])
+    trainer = make_trainer(
+        dataset, max_completion_length=8, demonstration_overflow="truncate", mask_truncated_completions=True
+    )
+    assert off_policy_texts(trainer, generate_batch(trainer))[3] is None
+
+
+# What is logged and saved
+
+
+def test_metrics_worked_by_hand(make_trainer, walks):
+    # two prompts x 4: the rollouts are sampled, the rewards are given
+    rewards = [0.0, 1.0, 0.0, 1.0, 0.0, 0.0, None, 0.5]
+    dataset = with_demonstrations(walks, [["b#b"], ["c;d#d"]])
+    trainer = make_trainer(dataset, reward=lambda completions, **kwargs: rewards, max_steps=1)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert_finite(trainer.state.log_history)
+    assert line["on_policy/reward"] == pytest.approx(1 / 5)  # the None is left out
+    assert line["off_policy/reward"] == pytest.approx(0.75)
+    assert line["off_policy/length"] == pytest.approx((4 + 6) / 2)
+    assert line["completions/mean_length"] * 8 == pytest.approx(line["on_policy/length"] * 6 + 10)
+    tokens = line["on_policy/length"] * 6 + 10
+    assert line["off_policy/token_fraction"] == pytest.approx(10 / tokens)
+    assert line["groups/guided"] == 1.0
+    assert line["groups/solve_none"] == 0.5
+    assert line["groups/solve_all"] == 0.0
+    assert 0 < line["off_policy/prob"] < 1
+    assert line["off_policy/prob"] == line["off_policy/ratio"]
+    assert line["on_policy/entropy"] == pytest.approx(line["entropy"], rel=1e-5)
+
+
+def test_completions_table_says_which_rows_are_demonstrations(make_trainer, tmp_path):
+    trainer = make_trainer(log_completions=True, max_steps=1)
+    trainer.train()
+    table = pd.read_parquet(tmp_path / "out" / "completions" / "completions_00001.parquet")
+    assert table["demonstration"].tolist() == [False, False, False, True] * 2
+
+
+def test_saved_model_and_card(make_trainer, tmp_path):
+    trainer = make_trainer(save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(model_name="tiny", dataset_name="letter-walk")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Learning to Reason under Off-Policy Guidance" in card
+    assert "2504.14945" in card
+    assert "- luffy" in card
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["log_history"][0]["off_policy/loss"] is not None
+
+
+def test_lora(make_trainer, walks):
+    from peft import LoraConfig
+
+    trainer = make_trainer(trainer_options={"peft_config": LoraConfig(task_type="CAUSAL_LM")})
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert_finite(trainer.state.log_history)
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(before[name], p)}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+# vLLM's side, by a stand-in for TRL's client: real vLLM needs an environment of its own
+
+
+def test_vllm_is_asked_for_rollouts_only(make_trainer, walks):
+    class Vllm:
+        def __init__(self):
+            self.asked = []
+
+        def sync_weights(self):
+            pass
+
+        def generate(self, prompts, images, num_generations, profiler):
+            self.asked.append((len(prompts), num_generations))
+            completion_ids = [[5, 6, 1]] * len(prompts)
+            return None, completion_ids, [[[-0.5], [-0.25], [-0.125]]] * len(prompts), None
+
+    demonstrations = [[walks[0]["completion"]], []]
+    trainer = make_trainer(with_demonstrations(walks, demonstrations))
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Vllm(), -1
+    output = generate_batch(trainer)
+    assert trainer.vllm_generation.asked == [(3 + 4, 1)]
+    assert off_policy_texts(trainer, output)[3] == walks[0]["completion"] + "<eos>"
+    # neutral in the correction for vLLM's other numerics: not sampled, so a ratio of 1
+    assert torch.equal(output["importance_sampling_ratio"][3], torch.ones_like(output["importance_sampling_ratio"][3]))
+    assert output["sampling_per_token_logps"][3][:4].isnan().all()
+    trainer.current_gradient_accumulation_steps = 1
+    assert torch.isfinite(trainer.compute_loss(trainer.model, output))
+
+
+def test_walks_of_the_two_splits_are_disjoint():
+    splits = build_datasets(train_size=64, test_size=64, seed=1)
+    assert not set(splits["train"]["prompt"]) & set(splits["test"]["prompt"])
