@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from luffy_trl import LuffyConfig, LuffyTrainer
-from luffy_trl.tasks.letter_walk import build_datasets, build_tokenizer
+from luffy_trl.tasks.letter_walk import build_tokenizer, split_walks, to_dataset
 
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -65,7 +65,7 @@ def tiny_model_dir(tmp_path_factory, tokenizer) -> Path:
 @pytest.fixture
 def walks() -> Dataset:
     """16 letter walks, each with a demonstration."""
-    return build_datasets(train_size=16, test_size=1, length=4, seed=0)["train"]
+    return to_dataset(split_walks(train_size=16, test_size=1, length=4)["train"])
 
 
 def letters_reward(completions: list, **kwargs) -> list[float]:

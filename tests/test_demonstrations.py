@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from datasets.fingerprint import Hasher
 
 from luffy_trl.demonstrations import (
     DROPPED_COLUMN,
@@ -15,15 +16,16 @@ from luffy_trl.demonstrations import (
     place_demonstrations,
     without_repeated_opening,
 )
+from luffy_trl.tasks.letter_walk import build_tokenizer
 
 
 @pytest.fixture
 def encode(tokenizer):
-    """Encode rows given as columns; `render` shows what the encoder does with the prompt."""
+    """Encode rows given as columns."""
 
     def run(overflow="drop", max_length=8, prompt="Da", start=0, **columns):
         rows = len(next(iter(columns.values())))
-        encoder = DemonstrationEncoder(tokenizer, lambda prompt: prompt, max_length, overflow)
+        encoder = DemonstrationEncoder(tokenizer, max_length, overflow, chat_template_kwargs={})
         return encoder({"prompt": [prompt] * rows, **columns}, list(range(start, start + rows)))
 
     return run
@@ -143,6 +145,26 @@ def test_content_parts_and_absent_fields():
 )
 def test_an_opening_that_the_prompt_has_is_not_repeated(prompt, text, expected):
     assert without_repeated_opening(prompt, text) == expected
+
+
+def test_the_opening_is_compared_with_the_rendered_prompt():
+    # the template, and what it is given, decide how a prompt ends
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<think>", "\n"])
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt and thinking %}<think>\n{% endif %}"
+    )
+    batch = {"prompt": [[{"role": "user", "content": "a"}]], "completion": [assistant("<think>\nb")]}
+    for thinking, expected in [(True, "b<eos>"), (False, "<think>\nb<eos>")]:
+        encoder = DemonstrationEncoder(tokenizer, 8, "drop", {"thinking": thinking})
+        [[ids]] = encoder(batch, [0])[IDS_COLUMN]
+        assert tokenizer.decode(ids) == expected
+
+
+def test_the_encoder_is_hashed_for_the_datasets_cache(tokenizer):
+    hashes = {Hasher.hash(DemonstrationEncoder(tokenizer, length, "drop", {})) for length in (8, 8, 9)}
+    assert len(hashes) == 2
 
 
 def row(*ids):

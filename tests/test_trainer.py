@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from luffy_trl import LuffyTrainer
-from luffy_trl.tasks.letter_walk import build_datasets
 
 from .conftest import letters_reward
 
@@ -431,8 +430,3 @@ def test_vllm_is_asked_for_rollouts_only(make_trainer, walks):
     assert output["sampling_per_token_logps"][3][:4].isnan().all()
     trainer.current_gradient_accumulation_steps = 1
     assert torch.isfinite(trainer.compute_loss(trainer.model, output))
-
-
-def test_walks_of_the_two_splits_are_disjoint():
-    splits = build_datasets(train_size=64, test_size=64, seed=1)
-    assert not set(splits["train"]["prompt"]) & set(splits["test"]["prompt"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from luffy_trl.tasks.letter_walk import build_datasets
+from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
 from .conftest import letters_reward
 
@@ -151,7 +151,7 @@ MISALIGNED = {"per_device_train_batch_size": 8, "steps_per_generation": 2, "grad
 
 @pytest.fixture
 def rows() -> Dataset:
-    return build_datasets(train_size=4, test_size=1, length=5, seed=3)["train"]
+    return to_dataset(split_walks(train_size=4, test_size=1, seed=3)["train"])
 
 
 @pytest.mark.parametrize(("beta", "entropy_coef"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.05), (0.1, 0.05)])

@@ -12,20 +12,20 @@ of its text, then EOS.
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
 SOURCE_COLUMNS = ("completion", "demonstrations", "completion_logps")
 # What encoding leaves in their place. The trainer takes these columns out again before the reward functions.
 IDS_COLUMN = "demonstration_ids"  # list[list[int]]
 LOGPS_COLUMN = "demonstration_logps"  # list[list[float]], there only where the data has `completion_logps`
+USABLE_COLUMN = "demonstrations_usable"  # int, how many there are
 DROPPED_COLUMN = "demonstrations_dropped"  # int, demonstrations of this row that were too long
 TRUNCATED_COLUMN = "demonstrations_truncated"  # int, demonstrations of this row that were cut
-ENCODED_COLUMNS = (IDS_COLUMN, LOGPS_COLUMN, DROPPED_COLUMN, TRUNCATED_COLUMN)
+ENCODED_COLUMNS = (IDS_COLUMN, LOGPS_COLUMN, USABLE_COLUMN, DROPPED_COLUMN, TRUNCATED_COLUMN)
 
 OVERFLOWS = ("drop", "truncate", "error")
 
@@ -60,7 +60,8 @@ def place_demonstrations(rows: list[dict[str, Any]], group_size: int, per_group:
     for start in range(0, len(rows), group_size):
         available = demonstrations_of(rows[start])
         chosen = random.sample(available, per_group) if len(available) > per_group else available
-        placed += [None] * (group_size - len(chosen)) + chosen
+        placed += [None] * (group_size - len(chosen))
+        placed += chosen
     return placed
 
 
@@ -68,11 +69,11 @@ class DemonstrationEncoder:
     """Checks and tokenizes the demonstrations of a batch of dataset rows; made for `datasets.map(batched=True)`.
 
     Args:
-        tokenizer: has an EOS token.
-        render_prompt: the text a prompt becomes in front of the policy, chat template included.
+        processing_class: the trainer's tokenizer or processor. Its tokenizer has an EOS token.
         max_length: `max_completion_length`, in tokens, EOS included.
         overflow: what to do with a longer demonstration. "drop" it; "truncate" it to `max_length` tokens, which then
             do not end with EOS; "error".
+        chat_template_kwargs: what prompts are rendered with, beside their messages.
 
     Raises:
         ValueError: naming the row and the field, for a demonstration that is empty, is no text or holds an EOS before
@@ -82,19 +83,21 @@ class DemonstrationEncoder:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
-        render_prompt: Callable[[Any], str],
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
         max_length: int,
         overflow: str,
+        chat_template_kwargs: dict[str, Any],
     ):
-        self.tokenizer = tokenizer
-        self.render_prompt = render_prompt
+        self.processing_class = processing_class
+        is_processor = isinstance(processing_class, ProcessorMixin)
+        self.tokenizer = processing_class.tokenizer if is_processor else processing_class
         self.max_length = max_length
         self.overflow = overflow
+        self.chat_template_kwargs = chat_template_kwargs
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         has_logps = "completion_logps" in batch
-        columns: dict[str, list] = {IDS_COLUMN: [], DROPPED_COLUMN: [], TRUNCATED_COLUMN: []}
+        columns: dict[str, list] = {IDS_COLUMN: [], USABLE_COLUMN: [], DROPPED_COLUMN: [], TRUNCATED_COLUMN: []}
         if has_logps:
             columns[LOGPS_COLUMN] = []
 
@@ -123,6 +126,7 @@ class DemonstrationEncoder:
                 ids_list.append(ids)
                 logps_list.append(logps)
             columns[IDS_COLUMN].append(ids_list)
+            columns[USABLE_COLUMN].append(len(ids_list))
             columns[DROPPED_COLUMN].append(dropped)
             columns[TRUNCATED_COLUMN].append(truncated)
             if has_logps:
@@ -148,9 +152,17 @@ class DemonstrationEncoder:
             return []
         texts = [(where, demonstration_text(value, where)) for where, value in named]
         if any("<think>" in text for _, text in texts):
-            prompt = self.render_prompt(batch["prompt"][i])
+            prompt = self._render(batch["prompt"][i])
             texts = [(where, without_repeated_opening(prompt, text)) for where, text in texts]
         return texts
+
+    def _render(self, prompt: str | list[dict[str, Any]]) -> str:
+        """A prompt as it stands in front of the policy."""
+        if isinstance(prompt, str):
+            return prompt
+        return self.processing_class.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
+        )
 
     def _end(self, ids: list[int], where: str) -> list[int]:
         eos = self.tokenizer.eos_token_id

@@ -1,7 +1,9 @@
 """LuffyTrainer: GRPOTrainer with demonstrations in the groups. Overrides only; the math is in `objective.py`."""
 
 import inspect
+import os
 import textwrap
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from .demonstrations import (
     LOGPS_COLUMN,
     SOURCE_COLUMNS,
     TRUNCATED_COLUMN,
+    USABLE_COLUMN,
     Demonstration,
     DemonstrationEncoder,
     place_demonstrations,
@@ -72,6 +75,17 @@ class LuffyTrainer(GRPOTrainer):
                 eprint       = {arXiv:2504.14945},
             }"""),
     }
+    # TRL looks for its template in a folder of its own
+    _template_file = os.path.relpath(
+        str(files("luffy_trl") / "templates" / "model_card.md"), str(files("trl") / "templates")
+    )
+
+    args: LuffyConfig
+    train_dataset: Dataset | IterableDataset
+    # Kept from the overridden methods of the same call
+    _completion_ids: list[list[int]]
+    _rewards_per_func: torch.Tensor  # (rows of all processes, reward functions)
+    _forward_outputs: tuple[torch.Tensor, torch.Tensor]  # logps and entropies, (B, T)
 
     def __init__(self, model, reward_funcs=None, args: LuffyConfig | None = None, *trl_args, **trl_kwargs):
         if args is None:
@@ -89,11 +103,8 @@ class LuffyTrainer(GRPOTrainer):
             _check_eos(self._tokenizer)
             self._has_behavior_logps = "completion_logps" in _column_names(self.train_dataset)
             self.train_dataset = self._encode_demonstrations(self.train_dataset)
-        # Demonstration of each row of the batch being generated, None where the policy samples
-        self._placed: list[Demonstration | None] | None = None
-        self._completion_ids: list[list[int]] = []  # of the batch being generated
-        self._rewards_per_func: torch.Tensor | None = None  # (rows of all processes, reward functions)
-        self._forward_outputs: tuple[torch.Tensor, torch.Tensor] | None = None  # logps, entropies (B, T)
+        # Demonstration of each row of the training batch being generated, None where the policy samples
+        self._placed: list[Demonstration | None] = []
         # Metrics that are means over tokens or rows: name -> [sum, count] since the last log
         self._sums: dict[str, tuple[float, float]] = {}
 
@@ -103,7 +114,10 @@ class LuffyTrainer(GRPOTrainer):
         """Replace the columns of the data contract with token ids, and say what was too long."""
         columns = _column_names(dataset)
         encoder = DemonstrationEncoder(
-            self._tokenizer, self._render_prompt, self.max_completion_length, self.args.demonstration_overflow
+            self.processing_class,
+            self.max_completion_length,
+            self.args.demonstration_overflow,
+            self.chat_template_kwargs,
         )
         used = [column for column in SOURCE_COLUMNS if column in columns]
         if isinstance(dataset, IterableDataset):
@@ -112,6 +126,7 @@ class LuffyTrainer(GRPOTrainer):
         features = {name: feature for name, feature in dataset.features.items() if name not in used}
         features |= {
             IDS_COLUMN: List(List(Value("int32"))),
+            USABLE_COLUMN: Value("int32"),
             DROPPED_COLUMN: Value("int32"),
             TRUNCATED_COLUMN: Value("int32"),
         }
@@ -130,7 +145,7 @@ class LuffyTrainer(GRPOTrainer):
         return dataset
 
     def _report_encoding(self, dataset: Dataset) -> None:
-        guided = sum(len(ids) > 0 for ids in dataset[IDS_COLUMN])
+        guided = sum(usable > 0 for usable in dataset[USABLE_COLUMN])
         dropped, truncated = sum(dataset[DROPPED_COLUMN]), sum(dataset[TRUNCATED_COLUMN])
         too_long = (
             f"{dropped} demonstrations dropped and {truncated} truncated for having more than max_completion_length="
@@ -146,13 +161,6 @@ class LuffyTrainer(GRPOTrainer):
             logger.warning(message)
         else:
             logger.info(message)
-
-    def _render_prompt(self, prompt: str | list[dict[str, Any]]) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        return self.processing_class.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
-        )
 
     # Generation
 
@@ -178,11 +186,11 @@ class LuffyTrainer(GRPOTrainer):
                 output["behavior_logps"] = self._behavior_logps(mask)
         self._log_rollouts(is_demonstration, inputs)
         self._log_groups(rewards, all_is_demonstration)
-        self._placed = self._forward_outputs = None
+        self._placed = []
         return output
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        if self._placed is None or self.num_demonstrations == 0:
+        if not self._placed or self.num_demonstrations == 0:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
@@ -209,7 +217,7 @@ class LuffyTrainer(GRPOTrainer):
         return completion_ids, logps if sampled_logps is not None else None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        if self._placed is not None and self.num_demonstrations > 0:
+        if self._placed and self.num_demonstrations > 0:
             # A column of the completions table
             self._log_completion_extra("demonstration", [d is not None for d in self._placed])
         self._completion_ids = completion_ids_list
@@ -253,15 +261,15 @@ class LuffyTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         if not self.model.training:
             return super()._compute_loss(model, inputs)
-        if "off_policy_mask" not in inputs:  # num_demonstrations=0
-            loss = super()._compute_loss(model, inputs)
-        else:
-            loss = super()._compute_loss(model, self._rollouts_alone(inputs))
-            off_policy_loss = self._off_policy_loss(self._forward_outputs[0], inputs)
+        mixed = "off_policy_mask" in inputs  # not with num_demonstrations=0
+        loss = super()._compute_loss(model, self._rollouts_alone(inputs) if mixed else inputs)
+        logps, entropies = self._forward_outputs
+        del self._forward_outputs  # lets the graph go with the loss
+        if mixed:
+            off_policy_loss = self._off_policy_loss(logps, inputs)
             loss = loss + off_policy_loss / self.current_gradient_accumulation_steps
             self._add_means({"off_policy/loss": (off_policy_loss.detach(), 1)})
-        self._log_tokens(inputs)
-        self._forward_outputs = None  # lets the graph go with the loss
+        self._log_tokens(logps.detach(), entropies.detach(), inputs)
         return loss
 
     def _rollouts_alone(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -340,9 +348,8 @@ class LuffyTrainer(GRPOTrainer):
         metrics["groups/solve_all"].append((solved | by_group).all(1).float().mean().item())
         metrics["groups/guided"].append(by_group.any(1).float().mean().item())
 
-    def _log_tokens(self, inputs: dict[str, Any]) -> None:
-        """What the policy makes of the micro-batch's tokens."""
-        logps, entropies = (x.detach() for x in self._forward_outputs)  # (B, T)
+    def _log_tokens(self, logps: torch.Tensor, entropies: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """What the policy makes of the micro-batch's tokens; `logps` and `entropies` are (B, T)."""
         mask = inputs["completion_mask"].bool()  # (B, T)
         off_policy = inputs.get("off_policy_mask", torch.zeros_like(mask))
         on_policy = mask & ~off_policy

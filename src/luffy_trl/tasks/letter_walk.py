@@ -16,10 +16,10 @@ import random
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
 
 LETTERS = string.ascii_lowercase
@@ -91,20 +91,21 @@ def distinct_walks(seed: int, length: int) -> Iterator[Walk]:
         yield walk
 
 
-def build_datasets(train_size: int = 2048, test_size: int = 512, length: int = 5, seed: int = 0) -> dict[str, Dataset]:
-    """Train and test split, with no walk in common, in the data contract: prompt, completion, solution."""
+def split_walks(train_size: int = 2048, test_size: int = 512, length: int = 5, seed: int = 0) -> dict[str, list[Walk]]:
+    """Train and test split, with no walk in common."""
     walks = distinct_walks(seed, length)
-    splits = {}
-    for name, size in (("test", test_size), ("train", train_size)):
-        rows = [next(walks) for _ in range(size)]
-        splits[name] = Dataset.from_dict(
-            {
-                "prompt": [walk.prompt() for walk in rows],
-                "completion": [walk.demonstration for walk in rows],
-                "solution": [walk.answer for walk in rows],
-            }
-        )
-    return splits
+    return {"test": list(islice(walks, test_size)), "train": list(islice(walks, train_size))}
+
+
+def to_dataset(walks: list[Walk]) -> Dataset:
+    """The data contract: prompt, completion (the demonstration) and solution."""
+    return Dataset.from_dict(
+        {
+            "prompt": [walk.prompt() for walk in walks],
+            "completion": [walk.demonstration for walk in walks],
+            "solution": [walk.answer for walk in walks],
+        }
+    )
 
 
 def letter_walk_reward(completions: list, solution: list[str], **kwargs) -> list[float]:
@@ -115,17 +116,19 @@ def letter_walk_reward(completions: list, solution: list[str], **kwargs) -> list
     ]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are characters."""
+def build_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer whose tokens are characters.
+
+    It is a Qwen2 tokenizer without merges, since `AutoTokenizer` makes one of any tokenizer beside a Qwen2 model.
+    """
     characters = [*LETTERS, *string.digits, *"+-.:;#", STEP_BY_STEP, AT_ONCE]
     vocabulary = {token: i for i, token in enumerate([PAD_TOKEN, EOS_TOKEN, *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD_TOKEN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD_TOKEN,
+    return Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[],
+        unk_token=PAD_TOKEN,
         eos_token=EOS_TOKEN,
+        pad_token=PAD_TOKEN,
         padding_side="left",
         chat_template=CHAT_TEMPLATE,
     )

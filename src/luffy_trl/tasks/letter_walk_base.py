@@ -6,15 +6,14 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Trainer,
-    TrainingArguments,
+    get_linear_schedule_with_warmup,
     set_seed,
 )
 
@@ -31,7 +30,6 @@ from .letter_walk import (
 )
 
 
-# Chosen by measurement: 0.98 to 1.00 step by step after 450 steps, for every seed tried
 STEPS, BATCH_SIZE = 450, 64
 MIN_STEP_BY_STEP_ACCURACY = 0.95
 STEP_BY_STEP_SHARE = 0.6  # of the pretraining rows; the others stop early
@@ -78,7 +76,9 @@ def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def pretrain(output_dir: str | Path, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Train the base from nothing, about a minute on 2 cores, and save it with its tokenizer to `output_dir`.
+    """Train the base from nothing, about half a minute on 2 cores, and save it with its tokenizer to `output_dir`.
+
+    A plain loop on one process and one device, so that it can also run on the main process of a distributed job.
 
     Raises:
         RuntimeError: if the model did not learn to walk step by step, or does so under D as well.
@@ -101,27 +101,15 @@ def pretrain(output_dir: str | Path, seed: int = 0) -> tuple[PreTrainedModel, Pr
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    trainer = Trainer(
-        model,
-        TrainingArguments(
-            output_dir=str(output_dir),
-            max_steps=STEPS,
-            per_device_train_batch_size=BATCH_SIZE,
-            learning_rate=2e-3,
-            adam_beta2=0.98,
-            weight_decay=0.01,
-            warmup_steps=50,
-            lr_scheduler_type="linear",
-            logging_steps=50,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=not torch.cuda.is_available(),
-            seed=seed,
-        ),
-        train_dataset=PretrainingRows(tokenizer, seed),
-        data_collator=_collate,
-    )
-    trainer.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=STEPS)
+    batches = iter(DataLoader(PretrainingRows(tokenizer, seed), BATCH_SIZE, collate_fn=_collate))
+    for _ in tqdm(range(STEPS), desc="Pretraining the base", unit="step"):
+        model(**next(batches)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
 
     rng = random.Random(f"pretraining check {seed}")
     walks = [sample_walk(rng, rng.randint(MIN_LENGTH, MAX_LENGTH)) for _ in range(512)]
@@ -159,7 +147,3 @@ def accuracy(
     completions = tokenizer.batch_decode(ids[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
     rewards = letter_walk_reward(completions, [walk.answer for walk in walks])
     return sum(rewards) / len(rewards)
-
-
-def load(directory: str | Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(directory)

@@ -1,0 +1,61 @@
+"""The command `luffy-trl`. Heavy imports wait until a command needs them."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="luffy-trl", description="LUFFY: reinforcement learning with demonstrations in the group, on TRL."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser(
+        "train", help="train a model (the same as `accelerate launch train.py`, on one process)", add_help=False
+    )
+    demo = commands.add_parser("demo", help="compare GRPO, LUFFY and SFT on the embedded task, on a CPU")
+    demo.add_argument("--seed", type=int, default=0, help="of the base, the data and the runs (default: 0)")
+    demo.add_argument("--steps", type=int, default=100, help="optimizer steps of each method (default: 100)")
+    demo.add_argument("--output_dir", default="outputs/demo", help="default: outputs/demo")
+
+    if argv[:1] == ["train"]:
+        train(argv[1:], prog="luffy-trl train")
+        return
+    args = parser.parse_args(argv)
+    from .demo import run_demo
+
+    run_demo(args.output_dir, seed=args.seed, steps=args.steps)
+
+
+def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
+    """Parse TRL-style arguments, `--config FILE.yaml` and a flag for every field, and run the training."""
+    import yaml
+    from trl import ModelConfig, TrlParser
+
+    from .config import LuffyConfig
+    from .training import LuffyScriptArguments, check_arguments, run
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    parser = TrlParser(
+        (LuffyScriptArguments, LuffyConfig, ModelConfig),
+        prog=prog,
+        usage=f"{prog} [--config RECIPE.yaml] [--FIELD VALUE ...]",
+        description="Train a model with LUFFY. Flags override the recipe; --help lists every field.",
+        allow_abbrev=False,
+    )
+    if argv[-1:] == ["--config"]:
+        parser.error("--config needs a file: --config recipes/letter_walk.yaml")
+    try:
+        script_args, training_args, model_args = parser.parse_args_and_config(argv)
+        check_arguments(script_args, model_args)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        hint = " Without a GPU, add --use_cpu --bf16 False." if "use_cpu" in str(error) else ""
+        parser.error(f"{error}{hint}")
+    trainer = run(script_args, training_args, model_args)
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Launched by test_distributed.py on one or two processes: train on greedy rollouts and print what was logged."""
+
+import json
+import sys
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from luffy_trl import LuffyConfig, LuffyTrainer
+from luffy_trl.tasks.letter_walk import split_walks, to_dataset
+
+
+def letters_reward(completions: list, **kwargs) -> list[float]:
+    return [len(set(text)) / max(len(text), 1) for text in completions]
+
+
+def dataset(guided: list[bool]) -> Dataset:
+    rows = to_dataset(split_walks(train_size=len(guided), test_size=1, length=4)["train"]).to_list()
+    for row, has_demonstration in zip(rows, guided, strict=True):
+        row["demonstrations"] = [row["completion"]] if has_demonstration else []
+        del row["completion"]
+    return Dataset.from_list(rows)
+
+
+def main(model_dir: str, output_dir: str, options: str) -> None:
+    processes = PartialState().num_processes
+    options = json.loads(options)
+    rows = options.pop("rows")
+    args = LuffyConfig(
+        output_dir=output_dir,
+        num_generations=4,
+        per_device_train_batch_size=rows // processes,
+        max_completion_length=16,
+        max_steps=4,
+        learning_rate=1e-3,
+        logging_steps=1,
+        generation_kwargs={"do_sample": False},  # the same rollouts on any number of processes
+        shuffle_dataset=False,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+    trainer = LuffyTrainer(
+        model_dir,
+        letters_reward,
+        args,
+        # demonstrations on the first process only, on both, on the second only, on none
+        train_dataset=dataset([True] * 2 + [False] * 2 + [True] * 4 + [False] * 2 + [True] * 2 + [False] * 4),
+        processing_class=AutoTokenizer.from_pretrained(model_dir),
+    )
+    trainer.train()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        print("LOG " + json.dumps(trainer.state.log_history[:-1]))
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

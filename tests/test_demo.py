@@ -1,0 +1,44 @@
+"""It learns: the demo itself, shortened, on one seed."""
+
+import json
+
+import pytest
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from luffy_trl.demo import READING, run_demo
+from luffy_trl.tasks.letter_walk import split_walks
+from luffy_trl.tasks.letter_walk_base import accuracy
+
+
+@pytest.mark.slow
+def test_luffy_learns_what_grpo_cannot(tmp_path, capsys):
+    # the full demo takes 100 steps
+    results = run_demo(tmp_path, seed=0, steps=70)
+    printed = capsys.readouterr().out
+
+    assert results["base"]["accuracy_5"] <= 0.02
+    assert results["GRPO"]["accuracy_5"] <= 0.02
+    assert results["LUFFY"]["accuracy_5"] >= 0.9
+    assert results["SFT"]["accuracy_5"] >= 0.9
+    assert READING in printed
+    for name, row in results.items():
+        assert (
+            f"{name:<26}" + "".join(f"{row[f'accuracy_{k}']:>{w}.3f}" for k, w in ((3, 12), (5, 14), (7, 12)))
+            in printed
+        )
+
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["results"] == results
+    curves = saved["curves"]["LUFFY"]
+    assert curves["step"] == list(range(0, 71, 5))
+    assert curves["demonstration"][0] < 1e-10
+    assert curves["demonstration"][-1] > 0.5
+    assert Image.open(tmp_path / "curves.png").size[0] > 1000
+
+    # the checkpoint is a model like any other
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "luffy")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "luffy")
+    walks = split_walks(test_size=512, seed=0)["test"]
+    assert accuracy(model, tokenizer, walks) == results["LUFFY"]["accuracy_5"]
+    assert "Learning to Reason under Off-Policy Guidance" in (tmp_path / "luffy" / "README.md").read_text()

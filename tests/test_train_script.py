@@ -1,0 +1,241 @@
+"""`train.py` and `luffy-trl` as a user starts them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import accelerate.commands.config.config_args as accelerate_config
+import pandas as pd
+import pytest
+import yaml
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from trl import ModelConfig, TrlParser
+
+from luffy_trl import LuffyConfig
+from luffy_trl.cli import main, train
+from luffy_trl.tasks.letter_walk import split_walks, to_dataset
+from luffy_trl.training import LuffyScriptArguments, check_arguments
+
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+CPU = ["--use_cpu", "--bf16", "False"]
+
+
+def run(*command, cwd=ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, cwd=cwd, check=False
+    )
+
+
+# Files that come with the repository
+
+
+def test_there_are_recipes_and_configs():
+    assert len(RECIPES) >= 2
+    assert len(ACCELERATE_CONFIGS) >= 3
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_parse(recipe):
+    parser = TrlParser((LuffyScriptArguments, LuffyConfig, ModelConfig))
+    script_args, training_args, model_args = parser.parse_args_and_config(["--config", str(recipe)])
+    check_arguments(script_args, model_args)
+    written = yaml.safe_load(recipe.read_text())
+    assert training_args.num_demonstrations == written["num_demonstrations"]
+    assert training_args.learning_rate == written["learning_rate"]
+
+
+@pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_loads_its_configs(path):
+    config = accelerate_config.load_config_from_file(str(path))
+    assert config.num_processes >= 1
+    assert set(yaml.safe_load(path.read_text())) <= set(vars(config))
+
+
+# Wrong flags
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config"], "--config needs a file"),
+        (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
+        (["--num_demonstrations", "8", *CPU], "num_demonstrations=8 must be below num_generations=8"),
+        (["--max_steps", "many"], "invalid int value: 'many'"),
+        (["--no_such_field", "1", *CPU], "no_such_field"),
+        (["--num_demonstration", "1", *CPU], "num_demonstration"),  # no guessing at abbreviations
+        (["--dataset_name", "some/data", *CPU], "--model_name_or_path is missing: which model"),
+        (["--model_name_or_path", "some/model", *CPU], "--dataset_name is missing: what should some/model"),
+        (["--model_name_or_path", "m", "--dataset_name", "no.jsonl", *CPU], "no.jsonl: there is no such file"),
+        (["--model_name_or_path", "m", "--dataset_name", "d", *CPU], "--reward_funcs is missing"),
+        (["--reward_funcs", "no_such_reward", *CPU], "no such reward function. Known are accuracy_reward"),
+        (["--reward_funcs", "no_such_module.reward", *CPU], "No module named 'no_such_module'"),
+        (["--reward_funcs", "json.reward", *CPU], "json has no function reward"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train(arguments)
+    assert exit_.value.code == 2
+    *_, usage, last = capsys.readouterr().err.strip().splitlines()
+    assert usage == "usage: train.py [--config RECIPE.yaml] [--FIELD VALUE ...]"
+    assert last.startswith("train.py: error: ")
+    assert message in last
+
+
+def test_unknown_keys_of_a_recipe_are_refused(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("use_cpu: true\nbf16: false\nshaping_gama: 0.2\n")
+    with pytest.raises(SystemExit):
+        train([f"--config={recipe}"])
+    assert "shaping_gama" in capsys.readouterr().err
+
+
+def test_the_command_lists_what_it_can_do(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    assert {"train", "demo"} <= set(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 2
+
+
+# Real runs
+
+
+@pytest.mark.slow
+def test_a_recipe_runs_through_accelerate_launch(tmp_path, tiny_model_dir):
+    run_ = run(
+        "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml", "train.py",
+        "--config", "recipes/letter_walk.yaml", "--model_name_or_path", tiny_model_dir,
+        "--output_dir", tmp_path / "out", "--max_steps", 2, "--logging_steps", 1,
+    )  # fmt: skip
+    assert run_.returncode == 0, run_.stderr[-3000:]
+    assert "'off_policy/reward': '1'" in run_.stdout
+    assert "Saved the model, its tokenizer and its card" in run_.stdout
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text().count("# out") == 1
+
+
+@pytest.mark.slow
+def test_own_data_and_own_reward(tmp_path, tiny_model_dir):
+    rows = to_dataset(split_walks(train_size=8, test_size=1)["train"])
+    rows.to_json(tmp_path / "data.jsonl")
+    (tmp_path / "my_rewards.py").write_text(
+        "def length(completions, **kwargs):\n    return [len(text) / 20 for text in completions]\n"
+    )
+    run_ = run(
+        ROOT / "train.py", "--model_name_or_path", tiny_model_dir, "--dataset_name", "data.jsonl",
+        "--reward_funcs", "my_rewards.length", "letter_walk_reward", "--output_dir", "out", "--num_generations", 4,
+        "--max_completion_length", 16, "--max_steps", 2, "--logging_steps", 1, "--report_to", "none",
+        "--save_strategy", "no", "--use_peft", *CPU, cwd=tmp_path,
+    )  # fmt: skip
+    assert run_.returncode == 0, run_.stderr[-3000:]
+    assert "'rewards/length/mean'" in run_.stdout
+    assert "'rewards/letter_walk_reward/mean'" in run_.stdout
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_bad_data_is_named_before_any_step(tmp_path, tiny_model_dir):
+    rows = [{"prompt": "Da:", "completion": "b#b"}, {"prompt": "Da:", "completion": ""}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run_ = run(
+        ROOT / "train.py", "--model_name_or_path", tiny_model_dir, "--dataset_name", "data.jsonl",
+        "--reward_funcs", "letter_walk_reward", "--output_dir", "out", *CPU, cwd=tmp_path,
+    )  # fmt: skip
+    assert run_.returncode == 1
+    assert "ValueError: Row 1: `completion` is empty" in run_.stderr.strip().splitlines()[-1]
+
+
+# Real text
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def build_text_model(texts: list[str], directory: Path) -> None:
+    """A BPE tokenizer trained on the texts, and a small model with random weights."""
+    tokenizer = Qwen2Tokenizer(chat_template=CHATML).train_new_from_iterator(
+        texts,
+        vocab_size=4000,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        new_special_tokens=["<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    tokenizer.eos_token = "<|im_end|>"
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.shared_data
+def test_real_traces_and_real_problems(shared_data, tmp_path):
+    traces = json.loads((shared_data / "reasoning_traces.json").read_text())
+    problems = pd.read_parquet(shared_data / "math_benchmarks.parquet").query("data_source == 'math'").head(11)
+    demonstrations: dict[str, list] = {}
+    for trace in traces:  # two teachers a problem
+        content = f"<think>\n{trace['thinking']}\n</think>\n\n{trace['response']}"
+        demonstrations.setdefault(trace["problem"], []).append([{"role": "assistant", "content": content}])
+    answers = {trace["problem"]: trace["answer"] for trace in traces}
+    rows = [
+        {"prompt": [{"role": "user", "content": p}], "demonstrations": d, "solution": answers[p]}
+        for p, d in demonstrations.items()
+    ] + [
+        {"prompt": list(row.prompt), "demonstrations": None, "solution": f"${row.reward_model['ground_truth']}$"}
+        for row in problems.itertuples()
+    ]
+    assert len(rows) == 16
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    build_text_model([trace["thinking"] for trace in traces], tmp_path / "model")
+
+    run_ = run(
+        "train.py", "--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "data.jsonl",
+        "--reward_funcs", "reasoning_accuracy_reward", "--output_dir", tmp_path / "out",
+        "--num_generations", 4, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 4,
+        "--max_completion_length", 1280, "--generation_kwargs", json.dumps({"max_new_tokens": 32}),
+        "--max_steps", 4, "--logging_steps", 1, "--log_completions", "--save_strategy", "steps", "--save_steps", 4,
+        "--gradient_checkpointing", "False", "--report_to", "none", *CPU,
+    )  # fmt: skip
+    assert run_.returncode == 0, run_.stderr[-3000:]
+
+    log = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    numbers = pd.DataFrame(log[:4]).drop(columns="step").astype(float)
+    assert len(numbers) == 4
+    by_name = numbers.notna().all()
+    sometimes = {name for name in by_name.index if not by_name[name]}
+    assert sometimes <= {name for name in by_name.index if name.startswith("off_policy/")}  # steps without any
+    assert not numbers.isin([float("inf"), float("-inf")]).any().any()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    texts = [d[0]["content"].removeprefix("<think>\n") for ds in demonstrations.values() for d in ds]
+    fitting = {text for text in texts if len(tokenizer(text)["input_ids"]) + 1 <= 1280}
+    assert 2 < len(fitting) < 10
+    assert f"{10 - len(fitting)} demonstrations dropped and 0 truncated" in run_.stderr
+    assert numbers["off_policy/dropped"].sum() == 10 - len(fitting)
+
+    table = pd.concat(pd.read_parquet(path) for path in sorted((tmp_path / "out" / "completions").glob("*.parquet")))
+    assert len(table) == 64
+    for row in table.itertuples():
+        problem = row.prompt[-1]["content"]
+        # the prompt ends with <think> already, so the demonstration does not begin with it again
+        assert row.demonstration == (row.completion[0]["content"] in fitting)
+        assert row.demonstration <= (problem in demonstrations)
+        assert row.reasoning_accuracy_reward == float(row.demonstration)
+    guided = {row.prompt[-1]["content"] for row in table.itertuples() if row.demonstration}
+    assert guided == {
+        problem
+        for problem, ds in demonstrations.items()
+        if any(d[0]["content"].removeprefix("<think>\n") in fitting for d in ds)
+    }
+    assert table["demonstration"].sum() == len(guided)

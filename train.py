@@ -1,0 +1,7 @@
+"""Train a model with LUFFY: `accelerate launch train.py --config recipes/letter_walk.yaml`."""
+
+from luffy_trl.cli import train
+
+
+if __name__ == "__main__":
+    train()
