@@ -23,9 +23,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(argv[1:], prog="luffy-trl train")
         return
     args = parser.parse_args(argv)
+    if args.steps < 1:
+        demo.error(f"--steps {args.steps} must be 1 or more")
     from .demo import run_demo
 
-    run_demo(args.output_dir, seed=args.seed, steps=args.steps)
+    try:
+        run_demo(args.output_dir, seed=args.seed, steps=args.steps)
+    except KeyboardInterrupt:
+        sys.exit(f"\nInterrupted. What was finished is in {args.output_dir}")
 
 
 def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
@@ -53,7 +58,10 @@ def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     except (ValueError, OSError, yaml.YAMLError) as error:
         hint = " Without a GPU, add --use_cpu --bf16 False." if "use_cpu" in str(error) else ""
         parser.error(f"{error}{hint}")
-    trainer = run(script_args, training_args, model_args)
+    try:
+        trainer = run(script_args, training_args, model_args)
+    except KeyboardInterrupt:
+        sys.exit(f"\nInterrupted. Checkpoints, if any were due, are in {training_args.output_dir}")
     trainer.accelerator.end_training()
 
 
