@@ -6,6 +6,8 @@ import os
 # Before any Hugging Face import: nothing in the tests may reach for the network
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# The models are tiny: a second thread hardly helps them, and on a busy machine the threads' waiting is all the time
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path

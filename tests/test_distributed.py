@@ -1,7 +1,6 @@
 """Two real gloo processes against one: the same losses, metrics and weights, whatever rows a process holds."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +19,7 @@ def launch(processes: int, model_dir: Path, output_dir: Path, options: dict) -> 
         "--num_processes", processes, "--main_process_port", 0,
         ROOT / "tests" / "run_two_processes.py", model_dir, output_dir, json.dumps(options),
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
+    run = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     [line] = [line for line in run.stdout.splitlines() if line.startswith("LOG ")]
     return json.loads(line.removeprefix("LOG "))

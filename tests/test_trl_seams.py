@@ -19,6 +19,7 @@ SIGNATURES = {
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_compute_loss": ["self", "model", "inputs"],
     "log": ["self", "logs", "start_time"],
+    "_prepare_inputs": ["self", "generation_batch"],
     "_log_completion_extra": ["self", "column", "values"],
 }  # fmt: skip
 
@@ -76,7 +77,7 @@ def test_only_the_seams_are_overridden():
     }
     assert overridden == {
         "__init__", "_generate_and_score_completions", "_generate_single_turn", "_calculate_rewards",
-        "_get_per_token_logps_and_entropies", "_compute_loss", "log",
+        "_get_per_token_logps_and_entropies", "_compute_loss", "_prepare_inputs", "log",
     }  # fmt: skip
 
 

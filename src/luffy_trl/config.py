@@ -87,6 +87,32 @@ class LuffyConfig(GRPOConfig):
         },
     )
 
+    trim_padding: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Order rows by length within each optimizer step and cut every micro-batch to its own longest "
+            "row, where TRL pads all to the longest of a generation. Does not change a step's loss (except 'bnpo' "
+            "and an entropy bonus, which are means over a micro-batch). Default: on with demonstrations, off "
+            "without, so that num_demonstrations=0 is GRPO bit for bit."
+        },
+    )
+    packed_forward: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run each micro-batch as one row of sequences without padding. Needs attention that keeps "
+            "packed sequences apart by their position ids. Default: on with flash attention, off elsewhere, where it "
+            "would be slower."
+        },
+    )
+    skip_zero_advantages: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave rows without an advantage out of the forward and backward pass: they add nothing to the "
+            "gradient. Token metrics (entropy, prob) are then means over the other rows. Not with beta > 0, an "
+            "entropy bonus, top_entropy_quantile < 1 or 'bnpo', which use these rows. Default: False."
+        },
+    )
+
     def __post_init__(self):
         if callable(self.shaping):
             # By name from here on: the config is saved with each checkpoint, and a function does not serialize
@@ -111,6 +137,26 @@ class LuffyConfig(GRPOConfig):
 
         if self.num_demonstrations > 0:
             self._check_demonstrations_can_be_placed()
+        if self.trim_padding is None:
+            self.trim_padding = self.num_demonstrations > 0
+        if self.skip_zero_advantages:
+            self._check_zero_advantages_can_be_skipped()
+
+    def _check_zero_advantages_can_be_skipped(self):
+        uses = {
+            "beta": self.beta != 0,
+            "entropy_coef": self.entropy_coef != 0,
+            "use_adaptive_entropy": self.use_adaptive_entropy,
+            "top_entropy_quantile": self.top_entropy_quantile < 1,
+            "loss_type": self.loss_type == "bnpo",
+            "trim_padding": not self.trim_padding,
+        }
+        for name, used in uses.items():
+            if used:
+                raise ValueError(
+                    f"skip_zero_advantages=True cannot be combined with {name}={getattr(self, name)!r}: rows without "
+                    "an advantage would be missed there."
+                )
 
     def _check_demonstrations_can_be_placed(self):
         rows = self.per_device_train_batch_size * self.steps_per_generation

@@ -10,9 +10,11 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, Features, IterableDataset, List, Value
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
+from .batching import drop_zero_advantages, optimizer_steps, order_by_length, pack, trim, unpack
 from .config import LuffyConfig
 from .demonstrations import (
     DROPPED_COLUMN,
@@ -47,7 +49,9 @@ class LuffyTrainer(GRPOTrainer):
     - `_generate_and_score_completions`: chooses the demonstrations of each group before, marks their tokens after;
     - `_generate_single_turn`: samples the other rows only, and puts the demonstrations' tokens in place;
     - `_calculate_rewards`: nothing; keeps the rewards for the metrics;
-    - `_get_per_token_logps_and_entropies`: nothing; keeps the last forward pass for the off-policy term;
+    - `_prepare_inputs`: orders the rows of each optimizer step by length, and trims the micro-batches;
+    - `_get_per_token_logps_and_entropies`: packs the forward pass, leaves demonstrations out where nobody needs them,
+      and keeps the last result for the off-policy term;
     - `_compute_loss`: shows TRL the rollouts' tokens alone and adds the off-policy term;
     - `log`: adds `on_policy/*`, `off_policy/*` and `groups/*`.
 
@@ -82,6 +86,7 @@ class LuffyTrainer(GRPOTrainer):
 
     args: LuffyConfig
     train_dataset: Dataset | IterableDataset
+    _buffered_inputs: list[dict[str, Any]] | None
     # Kept from the overridden methods of the same call
     _completion_ids: list[list[int]]
     _rewards_per_func: torch.Tensor  # (rows of all processes, reward functions)
@@ -105,6 +110,9 @@ class LuffyTrainer(GRPOTrainer):
             self.train_dataset = self._encode_demonstrations(self.train_dataset)
         # Demonstration of each row of the training batch being generated, None where the policy samples
         self._placed: list[Demonstration | None] = []
+        self._packs = self._packing_is_on()
+        # Where the optimizer step under way began, and how many of its micro-batches were taken: see `_prepare_inputs`
+        self._step_under_way, self._micro_batches_taken = -1, 0
         # Metrics that are means over tokens or rows: name -> [sum, count] since the last log
         self._sums: dict[str, tuple[float, float]] = {}
 
@@ -197,10 +205,8 @@ class LuffyTrainer(GRPOTrainer):
 
         sampled = [i for i, demonstration in enumerate(self._placed) if demonstration is None]
         asked = sampled
-        if self.use_vllm:
-            # vLLM hands each process a slice of one width, so all ask for as many rows; the surplus is left out below
-            width = max(gather_object([len(sampled)]))
-            asked = sampled + sampled[-1:] * (width - len(sampled))
+        if self.use_vllm:  # hands each process a slice of one width; the surplus is left out below
+            asked = self._as_many_everywhere(sampled)
         sampled_ids, sampled_logps = super()._generate_single_turn(
             [prompt_ids[i] for i in asked],
             images,
@@ -251,12 +257,141 @@ class LuffyTrainer(GRPOTrainer):
                 row[: len(demonstration.logps)] = torch.tensor(demonstration.logps, device=mask.device)
         return behavior_logps
 
-    # Loss
+    # Micro-batches
 
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+    def _prepare_inputs(self, generation_batch):
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        if self.state.global_step != self._step_under_way:
+            self._step_under_way, self._micro_batches_taken = self.state.global_step, 0
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.args.trim_padding and self._buffered_inputs is not None and self._buffered_inputs is not before:
+            self._buffered_inputs = self._arrange(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        self._micro_batches_taken += 1
+        return inputs
+
+    def _arrange(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The micro-batches of a generation, without wasted padding. No row leaves its optimizer step."""
+        if "pixel_values" in batches[0]:  # rows of different numbers of image tensors
+            return batches
+        per_generation, per_step = len(batches), self.args.gradient_accumulation_steps
+        aligned = per_generation % per_step == 0 or per_step % per_generation == 0
+        arranged = []
+        if aligned or self.num_iterations == 1:
+            # the last step of an epoch can be shorter
+            left = self.current_gradient_accumulation_steps - self._micro_batches_taken
+            for step in optimizer_steps(per_generation, left, per_step):
+                rows = [batches[i] for i in step]
+                if self.args.skip_zero_advantages and not self.aux_loss_enabled:
+                    rows = drop_zero_advantages(rows, rows_count=self.loss_type not in ("dapo", "cispo", "vespo"))
+                arranged += order_by_length(rows)
+        else:  # later iterations cut the same micro-batches into other steps
+            arranged = batches
+        return [trim(batch, self.pad_to_multiple_of) for batch in arranged]
+
+    def _packing_is_on(self) -> bool:
+        implementation = self.model.config.get_text_config()._attn_implementation
+        if self.args.packed_forward is None:
+            return "flash" in implementation
+        if self.args.packed_forward and self._is_vlm:
+            raise ValueError("packed_forward=True works for text models only, not with a processor for images.")
+        return self.args.packed_forward
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **images,
+    ):
+        forward = super()._get_per_token_logps_and_entropies
+        if all(value is None for value in images.values()):
+            if self._packs:
+                forward = self._packed_forward
+            if self.args.trim_padding and self._placed and batch_size is not None:
+                # Old or reference policy, during generation: TRL takes the log-probs alone
+                return self._score_rollouts(forward, model, input_ids, attention_mask, logits_to_keep, batch_size)
+        logps, entropies, aux_loss = forward(
+            model,
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            batch_size=batch_size,
+            compute_entropy=compute_entropy,
+            compute_aux_loss=compute_aux_loss,
+            **images,
+        )
         self._forward_outputs = (logps, entropies)
         return logps, entropies, aux_loss
+
+    def _score_rollouts(self, forward, model, input_ids, attention_mask, logits_to_keep, batch_size):
+        """Log-probs `(B, T)` of the rollouts, by rows of like length; 0 for demonstrations, which need none."""
+        lengths = attention_mask.sum(1)  # (B,)
+        rows = [i for i, demonstration in enumerate(self._placed) if demonstration is None]
+        rows.sort(key=lambda i: -int(lengths[i]))
+        logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
+        rows = self._as_many_everywhere(rows)
+        for chunk in (rows[start : start + batch_size] for start in range(0, len(rows), batch_size)):
+            part = {
+                "prompt_ids": input_ids[chunk, :-logits_to_keep],
+                "prompt_mask": attention_mask[chunk, :-logits_to_keep],
+                "completion_ids": input_ids[chunk, -logits_to_keep:],
+                "completion_mask": attention_mask[chunk, -logits_to_keep:],
+            }
+            part = trim(part, self.pad_to_multiple_of)
+            width = part["completion_ids"].size(1)
+            logps[chunk, :width] = forward(
+                model,
+                torch.cat([part["prompt_ids"], part["completion_ids"]], 1),
+                torch.cat([part["prompt_mask"], part["completion_mask"]], 1),
+                width,
+            )[0].to(logps.dtype)
+        return logps, None, None
+
+    def _as_many_everywhere(self, rows: list[int]) -> list[int]:
+        """The rows, with the last one again and again where another process has more. Collective."""
+        return rows + rows[-1:] * (max(gather_object([len(rows)])) - len(rows))
+
+    def _packed_forward(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
+        compute_aux_loss=False, **images,
+    ):  # fmt: skip
+        """What the method of TRL returns, from one row of sequences without padding per `batch_size` rows."""
+        logps, entropies, aux_losses = [], [], []
+        for start in range(0, len(input_ids), batch_size or len(input_ids)):
+            chunk = slice(start, start + (batch_size or len(input_ids)))
+            mask = attention_mask[chunk].bool()  # (B, S)
+            labels = input_ids[chunk].clone()
+            labels[:, :-logits_to_keep] = -100  # only completion tokens are scored
+            packed_ids, position_ids = pack(input_ids[chunk], mask)  # (1, N)
+            options = {"output_router_logits": True} if compute_aux_loss else {}
+            with self.accelerator.autocast():
+                outputs = model(
+                    input_ids=packed_ids,
+                    position_ids=position_ids,  # restart at each sequence, which keeps them apart
+                    labels=labels[mask].unsqueeze(0),
+                    fused_lm_head=True,
+                    **options,
+                )
+            # The model's outputs begin with the second token, (1, N - 1)
+            logps.append(unpack(pad(outputs.log_probs, (1, 0)), mask)[:, -logits_to_keep:])
+            if compute_entropy:
+                entropies.append(unpack(pad(outputs.entropy, (1, 0)), mask)[:, -logits_to_keep:])
+            if compute_aux_loss:
+                aux_losses.append(outputs.aux_loss)
+        return (
+            torch.cat(logps),
+            torch.cat(entropies) if compute_entropy else None,
+            torch.stack(aux_losses).mean() if compute_aux_loss else None,
+        )
+
+    # Loss
 
     def _compute_loss(self, model, inputs):
         if not self.model.training:

@@ -1,0 +1,130 @@
+"""Micro-batches without wasted padding: order rows by length, trim, and pack sequences into one row.
+
+TRL pads every row of a generation batch to the longest prompt and the longest completion in it (TRL issue 7179), and
+draws micro-batches at random. One long demonstration then makes every row as long. Here rows move between the
+micro-batches of one optimizer step, never across it, so that rows of like length share one, and each micro-batch is
+cut to its own longest row. Losses that are sums over the step's rows or tokens do not change.
+"""
+
+from typing import Any
+
+import torch
+
+
+# Tensors of TRL's batch that are padded along dimension 1: prompts to the left, completions to the right
+PROMPT_KEYS = ("prompt_ids", "prompt_mask")
+COMPLETION_KEYS = (
+    "completion_ids",
+    "completion_mask",
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "sampling_per_token_logps",
+    "importance_sampling_ratio",
+    "tool_mask",
+    "off_policy_mask",
+    "behavior_logps",
+)
+
+Batch = dict[str, Any]
+
+
+def optimizer_steps(micro_batches: int, current: int, following: int) -> list[range]:
+    """Which of a generation's micro-batches belong to which optimizer step.
+
+    Args:
+        micro_batches: how many there are.
+        current: how many the optimizer step under way still takes, 1 or more.
+        following: how many each later one takes.
+    """
+    starts = [0, *range(current, micro_batches, following)]
+    ends = [*starts[1:], micro_batches]
+    return [range(start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+def order_by_length(batches: list[Batch]) -> list[Batch]:
+    """The same rows in as many micro-batches of the same sizes, the longest rows first.
+
+    On every process the k-th micro-batch then holds rows of about the same length.
+    """
+    lengths = torch.cat([batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1) for batch in batches])  # (N,)
+    order = lengths.argsort(descending=True, stable=True)
+    sizes = [len(batch["prompt_mask"]) for batch in batches]
+    ordered: list[Batch] = [{} for _ in batches]
+    for key, value in batches[0].items():
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            parts = torch.cat([batch[key] for batch in batches])[order].split(sizes)
+        else:
+            parts = [batch[key] for batch in batches]  # one value for all rows
+        for batch, part in zip(ordered, parts, strict=True):
+            batch[key] = part
+    return ordered
+
+
+def drop_zero_advantages(batches: list[Batch], rows_count: bool) -> list[Batch]:
+    """The rows that have a gradient, spread evenly over as many micro-batches; each keeps at least one row.
+
+    A row without an advantage adds nothing to a loss without KL and entropy bonus. Every process still runs as many
+    forward passes as the others.
+
+    Args:
+        batches: the micro-batches of one optimizer step.
+        rows_count: whether the loss is divided by the number of rows of a micro-batch. The advantages then make up
+            for the rows that are missing.
+    """
+    advantages = torch.cat([batch["advantages"] for batch in batches])  # (N,)
+    kept = (advantages != 0).nonzero().flatten()
+    if len(kept) < len(batches):  # not enough for a row each: fill up with rows that add nothing
+        kept = torch.cat([kept, (advantages == 0).nonzero().flatten()[: len(batches) - len(kept)]])
+    parts = kept.tensor_split(len(batches))
+    smaller: list[Batch] = [{} for _ in batches]
+    for key, value in batches[0].items():
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            rows = torch.cat([batch[key] for batch in batches])
+            for batch, part in zip(smaller, parts, strict=True):
+                batch[key] = rows[part]
+        else:
+            for batch, original in zip(smaller, batches, strict=True):
+                batch[key] = original[key]
+    if rows_count:
+        for batch, original in zip(smaller, batches, strict=True):
+            batch["advantages"] = batch["advantages"] * (len(batch["advantages"]) / len(original["advantages"]))
+    return smaller
+
+
+def trim(batch: Batch, multiple_of: int | None = None) -> Batch:
+    """The batch without columns that are padding in every row; widths stay multiples of `multiple_of`."""
+    prompt = _kept_width(batch["prompt_mask"].flip(1), multiple_of)
+    completion = _kept_width(batch["completion_mask"], multiple_of)
+    trimmed = dict(batch)
+    for key in PROMPT_KEYS:
+        trimmed[key] = batch[key][:, batch[key].size(1) - prompt :]
+    for key in COMPLETION_KEYS:
+        if key in batch and batch[key].size(1) > 1:  # (B, 1) is one value a sequence
+            trimmed[key] = batch[key][:, :completion]
+    return trimmed
+
+
+def _kept_width(mask: torch.Tensor, multiple_of: int | None) -> int:
+    """Width of the columns of `mask` (B, T) up to the last that some row uses; at least 1."""
+    used = mask.bool().any(0).nonzero()
+    width = int(used.max()) + 1 if used.numel() > 0 else 1
+    if multiple_of is not None:
+        width = -(-width // multiple_of) * multiple_of
+    return min(width, mask.size(1))
+
+
+def pack(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All tokens where `mask` is True, as one row, and their positions, which restart at each sequence: both (1, N).
+
+    Args:
+        input_ids: (B, S).
+        mask: (B, S), True on tokens, each row's in one run.
+    """
+    mask = mask.bool()
+    positions = mask.long().cumsum(1) - 1  # (B, S)
+    return input_ids[mask].unsqueeze(0), positions[mask].unsqueeze(0)
+
+
+def unpack(packed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Values of a packed row (1, N) back in their places, zeros elsewhere: (B, S), like `mask`."""
+    return packed.new_zeros(mask.shape).masked_scatter(mask.bool(), packed)
