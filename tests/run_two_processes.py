@@ -1,9 +1,9 @@
 """Launched by test_distributed.py on one or two processes: train on greedy rollouts and print what was logged."""
 
 import json
+import os
 import sys
 
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer
 
@@ -24,7 +24,7 @@ def dataset(guided: list[bool]) -> Dataset:
 
 
 def main(model_dir: str, output_dir: str, options: str) -> None:
-    processes = PartialState().num_processes
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     options = json.loads(options)
     rows = options.pop("rows")
     args = LuffyConfig(
@@ -56,6 +56,7 @@ def main(model_dir: str, output_dir: str, options: str) -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         print("LOG " + json.dumps(trainer.state.log_history[:-1]))
+    trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
     trainer.accelerator.end_training()
 
 

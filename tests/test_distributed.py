@@ -1,49 +1,99 @@
-"""Two real gloo processes against one: the same losses, metrics and weights, whatever rows a process holds."""
+"""Two real processes against one: the same losses, metrics and weights, whatever rows a process holds."""
 
 import json
+import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 
 ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "accelerate_configs"
+
+OPTIONS = {
+    "one micro-batch": {"rows": 16},
+    # micro-batches of two rows: most hold no demonstration, and each process has its own mix
+    "micro-batches of two rows": {"rows": 4, "gradient_accumulation_steps": 4, "loss_type": "dapo", "beta": 0.1},
+}
 
 
-def launch(processes: int, model_dir: Path, output_dir: Path, options: dict) -> list[dict]:
+def launch(config: Path, processes: int, model_dir: Path, output_dir: Path, options: dict) -> list[dict]:
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "cpu.yaml",
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", config,
         "--num_processes", processes, "--main_process_port", 0,
         ROOT / "tests" / "run_two_processes.py", model_dir, output_dir, json.dumps(options),
     ]  # fmt: skip
-    run = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, check=False)
+    # the bounded time is the test for deadlocks
+    run = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        check=False,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     [line] = [line for line in run.stdout.splitlines() if line.startswith("LOG ")]
     return json.loads(line.removeprefix("LOG "))
 
 
+@pytest.fixture(scope="module")
+def one_process(tiny_model_dir, tmp_path_factory):
+    """What one process logs and saves, per set of options."""
+    directory = tmp_path_factory.mktemp("one")
+
+    @cache
+    def run(name: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        log = launch(CONFIGS / "cpu.yaml", 1, tiny_model_dir, directory / name, OPTIONS[name])
+        return log, load_file(directory / name / "model.safetensors")
+
+    return run
+
+
+@pytest.fixture
+def fsdp2_on_cpu(tmp_path) -> Path:
+    config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())
+    config |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
+    # needs a GPU's backend to broadcast
+    config["fsdp_config"]["fsdp_cpu_ram_efficient_loading"] = False
+    path = tmp_path / "fsdp2_on_cpu.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
+    ("backend", "name"),
     [
-        {"rows": 16},
-        # micro-batches of two rows: most hold no demonstration; each process has its own mix
-        {"rows": 4, "gradient_accumulation_steps": 4, "loss_type": "dapo", "beta": 0.1},
+        ("ddp", "one micro-batch"),
+        ("ddp", "micro-batches of two rows"),
+        ("fsdp2", "micro-batches of two rows"),
+        ("zero3", "one micro-batch"),
+        ("zero3", "micro-batches of two rows"),
     ],
-    ids=["one micro-batch", "micro-batches of two rows"],
 )
-def test_two_processes_equal_one(tiny_model_dir, tmp_path, options):
-    one = launch(1, tiny_model_dir, tmp_path / "one", options)
-    two = launch(2, tiny_model_dir, tmp_path / "two", options)
-    assert [line["groups/guided"] for line in one] == [0.5, 1.0, 0.5, 0.0]
-    for line_one, line_two in zip(one, two, strict=True):
-        assert line_two["loss"] == pytest.approx(line_one["loss"], abs=1e-4)
-        for key in line_one:
+def test_two_processes_equal_one(backend, name, one_process, fsdp2_on_cpu, tiny_model_dir, tmp_path):
+    config = {"ddp": CONFIGS / "cpu.yaml", "fsdp2": fsdp2_on_cpu, "zero3": CONFIGS / "cpu_zero3.yaml"}[backend]
+    expected, expected_weights = one_process(name)
+    log = launch(config, 2, tiny_model_dir, tmp_path / "two", OPTIONS[name])
+    assert [line["groups/guided"] for line in log] == [0.5, 1.0, 0.5, 0.0]
+    for line, expected_line in zip(log, expected, strict=True):
+        assert line["loss"] == pytest.approx(expected_line["loss"], abs=1e-4)
+        for key in expected_line:
             if key.startswith(("on_policy/", "off_policy/", "groups/")):
-                assert line_two[key] == pytest.approx(line_one[key], abs=1e-4, rel=1e-4), key
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4)
+                assert line[key] == pytest.approx(expected_line[key], abs=1e-4, rel=1e-4), key
+
+    # the saved model is whole, and a model like any other
+    weights = load_file(tmp_path / "two" / "model.safetensors")
+    assert weights.keys() == expected_weights.keys()
+    for key, tensor in expected_weights.items():
+        torch.testing.assert_close(weights[key], tensor, rtol=1e-3, atol=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, min_new_tokens=4).shape == (1, 7)

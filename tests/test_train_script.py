@@ -36,7 +36,7 @@ def run(*command, cwd=ROOT) -> subprocess.CompletedProcess:
 
 def test_there_are_recipes_and_configs():
     assert len(RECIPES) >= 2
-    assert len(ACCELERATE_CONFIGS) >= 3
+    assert len(ACCELERATE_CONFIGS) >= 9
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -62,6 +62,7 @@ def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
         trainer = run(script_args, training_args, model_args)
     except KeyboardInterrupt:
         sys.exit(f"\nInterrupted. Checkpoints, if any were due, are in {training_args.output_dir}")
+    trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
     trainer.accelerator.end_training()
 
 
