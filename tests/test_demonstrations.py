@@ -1,6 +1,7 @@
 """From the dataset's columns to token ids: the data contract, and what breaks it."""
 
 import random
+from array import array
 
 import pytest
 from datasets.fingerprint import Hasher
@@ -23,10 +24,14 @@ from luffy_trl.tasks.letter_walk import build_tokenizer
 def encode(tokenizer):
     """Encode rows given as columns."""
 
-    def run(overflow="drop", max_length=8, prompt="Da", start=0, **columns):
+    def run(overflow="drop", max_length=8, prompt="Da", start=0, eos=(1,), **columns):
         rows = len(next(iter(columns.values())))
-        encoder = DemonstrationEncoder(tokenizer, max_length, overflow, chat_template_kwargs={})
-        return encoder({"prompt": [prompt] * rows, **columns}, list(range(start, start + rows)))
+        encoder = DemonstrationEncoder(tokenizer, eos, max_length, overflow, chat_template_kwargs={})
+        encoded = encoder({"prompt": [prompt] * rows, **columns}, list(range(start, start + rows)))
+        for name, code in ((IDS_COLUMN, "i"), (LOGPS_COLUMN, "f")):
+            if name in encoded:
+                encoded[name] = [[array(code, value).tolist() for value in row] for row in encoded[name]]
+        return encoded
 
     return run
 
@@ -157,18 +162,47 @@ def test_the_opening_is_compared_with_the_rendered_prompt():
     )
     batch = {"prompt": [[{"role": "user", "content": "a"}]], "completion": [assistant("<think>\nb")]}
     for thinking, expected in [(True, "b<eos>"), (False, "<think>\nb<eos>")]:
-        encoder = DemonstrationEncoder(tokenizer, 8, "drop", {"thinking": thinking})
+        encoder = DemonstrationEncoder(tokenizer, [tokenizer.eos_token_id], 8, "drop", {"thinking": thinking})
         [[ids]] = encoder(batch, [0])[IDS_COLUMN]
-        assert tokenizer.decode(ids) == expected
+        assert tokenizer.decode(array("i", ids).tolist()) == expected
 
 
 def test_the_encoder_is_hashed_for_the_datasets_cache(tokenizer):
-    hashes = {Hasher.hash(DemonstrationEncoder(tokenizer, length, "drop", {})) for length in (8, 8, 9)}
-    assert len(hashes) == 2
+    encoders = [DemonstrationEncoder(tokenizer, [1], length, "drop", {}) for length in (8, 8, 9, 8)]
+    encoders[-1].version += 1  # another way of encoding
+    hashes = [Hasher.hash(encoder) for encoder in encoders]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+
+
+def test_a_rollout_ends_at_any_of_the_models_eos_tokens(encode, tokenizer):
+    [hash_] = tokenizer("#")["input_ids"]
+    texts = [tokenizer.decode(ids) for [ids] in encode(completion=["a#", "b"], eos=(1, hash_))[IDS_COLUMN]]
+    assert texts == ["a#", "b<eos>"]  # ended already, ended now
+    with pytest.raises(ValueError, match="Row 0: `completion` holds the end-of-sequence token '#' before its end"):
+        encode(completion=["a#b"], eos=(1, hash_))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "Row 2: `prompt` is NoneType None, expected a str or a list of messages"),
+        ("", "Row 2: `prompt` is str ''"),
+        ([], r"Row 2: `prompt` is list \[\]"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "Row 2: `prompt` has an image"),
+    ],
+)
+def test_prompts_that_cannot_be(encode, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        encode(prompt=prompt, completion=["a"], start=2)
+
+
+def ints(*values):
+    return array("i", values).tobytes()
 
 
 def row(*ids):
-    return {IDS_COLUMN: [[i] for i in ids]}
+    return {IDS_COLUMN: [ints(i) for i in ids]}
 
 
 def test_demonstrations_take_the_last_rows_of_their_group():
@@ -188,6 +222,7 @@ def test_the_choice_follows_pythons_generator():
 
 
 def test_logps_of_the_chosen_one():
-    rows = [{IDS_COLUMN: [[1, 2]], LOGPS_COLUMN: [[-1.0, -2.0]]}] * 2 + [{IDS_COLUMN: [[3]], LOGPS_COLUMN: [[]]}] * 2
+    rows = [{IDS_COLUMN: [ints(1, 2)], LOGPS_COLUMN: [array("f", [-1.0, -2.0]).tobytes()]}] * 2
+    rows += [{IDS_COLUMN: [ints(3)], LOGPS_COLUMN: [b""]}] * 2
     placed = place_demonstrations(rows, 2, 1)
     assert placed == [None, Demonstration([1, 2], [-1.0, -2.0]), None, Demonstration([3], None)]

@@ -1,5 +1,7 @@
 """The off-policy loss and its gradient against the closed forms, in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -61,25 +63,43 @@ def test_regularized_is_finite_where_the_ratio_is_not():
     assert torch.isfinite(logps.grad).all()
 
 
-def test_a_users_function_is_used_and_can_be_registered():
+def test_a_users_function_is_used_and_can_be_registered(tmp_path, monkeypatch):
     def halved(log_ratio, gamma, exponent):
         return log_ratio.exp() / 2
 
+    def redefined(log_ratio, gamma, exponent):
+        return log_ratio.exp() / 3
+
+    monkeypatch.setattr("luffy_trl.shaping.SHAPINGS", dict(SHAPINGS))
     logps = torch.tensor([[-1.0, -2.0]])
     expected = off_policy_loss(logps, torch.ones(1), "identity") / 2
     torch.testing.assert_close(off_policy_loss(logps, torch.ones(1), halved), expected)
-    try:
-        assert register_shaping(halved) == "halved"
-        assert register_shaping(halved) == "halved"
-        assert get_shaping("halved") is halved
-        with pytest.raises(ValueError, match="already another shaping named 'halved'"):
-            register_shaping(lambda log_ratio, gamma, exponent: log_ratio, name="halved")
-    finally:
-        del SHAPINGS["halved"]
-    with pytest.raises(ValueError, match="needs a name"):
-        register_shaping(lambda log_ratio, gamma, exponent: log_ratio)
-    with pytest.raises(ValueError, match="Unknown shaping 'halved'"):
-        get_shaping("halved")
+    assert register_shaping(halved) == "halved"
+    assert get_shaping("halved") is halved
+    register_shaping(redefined, name="halved")  # a notebook's cell, run again
+    assert get_shaping("halved") is redefined
+    assert register_shaping(partial(halved, gamma=1), name="mine") == "mine"
+
+    (tmp_path / "my_shapings.py").write_text(
+        "def doubled(log_ratio, gamma, exponent):\n    return 2 * log_ratio.exp()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    torch.testing.assert_close(off_policy_loss(logps, torch.ones(1), "my_shapings.doubled"), 4 * expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: register_shaping(lambda log_ratio, gamma, exponent: log_ratio), "A shaping needs a name"),
+        (lambda: register_shaping(partial(max)), "A shaping needs a name"),
+        (lambda: register_shaping(max, name="log"), "'log' is a built-in shaping"),
+        (lambda: get_shaping("halved"), "Unknown shaping 'halved'"),
+        (lambda: get_shaping("no_such_module.f"), "shaping no_such_module.f: No module named 'no_such_module'"),
+    ],
+)
+def test_shapings_that_are_none(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 @pytest.mark.parametrize(

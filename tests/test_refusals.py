@@ -1,10 +1,10 @@
 """What cannot work is refused by name and value, before any training step."""
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from luffy_trl import LuffyTrainer
-from luffy_trl.shaping import SHAPINGS
+from luffy_trl.shaping import SHAPINGS, get_shaping
 from luffy_trl.tasks.letter_walk import build_tokenizer
 
 from .conftest import letters_reward
@@ -24,6 +24,7 @@ from .conftest import letters_reward
         ({"demonstration_overflow": "cut"}, "demonstration_overflow='cut' is not one of 'drop', 'truncate', 'error'"),
         ({"advantage_baseline": "best"}, "advantage_baseline='best' is not one of 'group', 'on_policy'"),
         ({"loss_type": "mean"}, "loss_type='mean' is not one of"),
+        ({"max_completion_length": None}, "max_completion_length=None: demonstrations need a limit"),
         ({"remove_unused_columns": True}, "remove_unused_columns=True would take the demonstrations out"),
     ],
 )
@@ -40,22 +41,24 @@ def test_a_group_must_not_be_split_between_processes(config, monkeypatch):
     config(per_device_train_batch_size=2, num_demonstrations=0)
 
 
-def test_a_callable_shaping_is_kept_by_name(config):
+def test_a_callable_shaping_is_kept_by_name(config, monkeypatch):
     def halved(log_ratio, gamma, exponent):
         return log_ratio.exp() / 2
 
-    try:
-        args = config(shaping=halved)
-        assert args.shaping == "halved"
-        assert SHAPINGS["halved"] is halved
-        assert '"shaping": "halved"' in args.to_json_string()
-    finally:
-        SHAPINGS.pop("halved", None)
+    monkeypatch.setattr("luffy_trl.shaping.SHAPINGS", dict(SHAPINGS))
+    args = config(shaping=halved)
+    assert args.shaping == "halved"
+    assert get_shaping("halved") is halved
+    assert '"shaping": "halved"' in args.to_json_string()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda d: d.select([]), "`train_dataset` has 0 rows, fewer than the 2 prompts of one generation"),
+        (lambda d: d.select([0]), "`train_dataset` has 1 rows, fewer than the 2 prompts of one generation"),
+        (lambda d: d.remove_columns("prompt"), "`train_dataset` has no `prompt` column, only"),
+        (lambda d: IterableDataset.from_generator(lambda: iter(())), "`train_dataset` is empty"),
         (lambda d: d.remove_columns("completion"), "neither a `completion` nor a `demonstrations` column, only"),
         (lambda d: d.add_column("demonstrations", [["a"]] * 16), "both `completion` and `demonstrations`"),
         (lambda d: d.rename_column("completion", "completions"), "has a column 'completions'"),
@@ -85,6 +88,11 @@ def test_a_callable_shaping_is_kept_by_name(config):
 def test_data(make_trainer, walks, change, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(change(walks))
+
+
+def test_each_evaluation_dataset_is_checked(make_trainer, walks):
+    with pytest.raises(ValueError, match=r"`eval_dataset\['b'\]` has a column 'completions'"):
+        make_trainer(trainer_options={"eval_dataset": {"a": walks, "b": walks.add_column("completions", ["a"] * 16)}})
 
 
 def test_data_without_demonstrations_is_fine_for_grpo(make_trainer, walks):

@@ -66,8 +66,10 @@ def test_accelerate_loads_its_configs(path):
         (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
         (["--num_demonstrations", "8", *CPU], "num_demonstrations=8 must be below num_generations=8"),
         (["--max_steps", "many"], "invalid int value: 'many'"),
-        (["--no_such_field", "1", *CPU], "no_such_field"),
-        (["--num_demonstration", "1", *CPU], "num_demonstration"),  # no guessing at abbreviations
+        (["--no_such_field", "1"], "unknown arguments: --no_such_field 1"),
+        (["--num_demonstration", "1"], "unknown arguments: --num_demonstration 1"),  # no guessing at abbreviations
+        (["recipes/letter_walk.yaml"], "unknown arguments: recipes/letter_walk.yaml"),
+        (["--num_demonstrations", "1"], "Without a GPU, add --use_cpu --bf16 False"),
         (["--dataset_name", "some/data", *CPU], "--model_name_or_path is missing: which model"),
         (["--model_name_or_path", "some/model", *CPU], "--dataset_name is missing: what should some/model"),
         (["--model_name_or_path", "m", "--dataset_name", "no.jsonl", *CPU], "no.jsonl: there is no such file"),

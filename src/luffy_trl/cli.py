@@ -25,24 +25,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.steps < 1:
         demo.error(f"--steps {args.steps} must be 1 or more")
-    from .demo import run_demo
-
     try:
+        from .demo import run_demo
+
         run_demo(args.output_dir, seed=args.seed, steps=args.steps)
     except KeyboardInterrupt:
-        sys.exit(f"\nInterrupted. What was finished is in {args.output_dir}")
+        sys.exit(f"\nInterrupted. What was finished, if anything, is in {args.output_dir}")
 
 
 def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     """Parse TRL-style arguments, `--config FILE.yaml` and a flag for every field, and run the training."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    try:
+        _train(argv, prog)
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. Checkpoints, if any were due, are in the output directory.")
+
+
+def _train(argv: list[str], prog: str) -> None:
     import yaml
     from trl import ModelConfig, TrlParser
 
     from .config import LuffyConfig
     from .training import LuffyScriptArguments, check_arguments, run
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     parser = TrlParser(
         (LuffyScriptArguments, LuffyConfig, ModelConfig),
         prog=prog,
@@ -52,16 +59,18 @@ def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     )
     if argv[-1:] == ["--config"]:
         parser.error("--config needs a file: --config recipes/letter_walk.yaml")
+    # Before the config is built, whose first complaint would be about something else
+    config = argv.index("--config") if "--config" in argv else len(argv)
+    _, unknown = parser.parse_known_args(argv[:config] + argv[config + 2 :])
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
     try:
         script_args, training_args, model_args = parser.parse_args_and_config(argv)
         check_arguments(script_args, model_args)
     except (ValueError, OSError, yaml.YAMLError) as error:
         hint = " Without a GPU, add --use_cpu --bf16 False." if "use_cpu" in str(error) else ""
         parser.error(f"{error}{hint}")
-    try:
-        trainer = run(script_args, training_args, model_args)
-    except KeyboardInterrupt:
-        sys.exit(f"\nInterrupted. Checkpoints, if any were due, are in {training_args.output_dir}")
+    trainer = run(script_args, training_args, model_args)
     trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
     trainer.accelerator.end_training()
 

@@ -18,8 +18,8 @@ class LuffyConfig(GRPOConfig):
     """
     Configuration of [`LuffyTrainer`]: every field of [`~trl.GRPOConfig`], and the ones below.
 
-    Three defaults differ from `GRPOConfig`, after the paper (arXiv 2504.14945): `loss_type="dr_grpo"` (no length
-    normalization), `scale_rewards="none"` (no division by the standard deviation) and, as there, `beta=0.0`.
+    Two defaults differ from `GRPOConfig`, after the paper (arXiv 2504.14945): `loss_type="dr_grpo"` (no length
+    normalization) and `scale_rewards="none"` (no division by the standard deviation).
 
     Raises:
         ValueError: at construction, naming the field and its value, for what cannot work.
@@ -53,8 +53,8 @@ class LuffyConfig(GRPOConfig):
         default="regularized",
         metadata={
             "help": "f(r), what a demonstration token counts at importance ratio r: 'regularized' r / (r + gamma), "
-            "'identity' r, 'power' r ** exponent, 'log' log r, or a name given to luffy_trl.shaping.register_shaping. "
-            "In Python, also a function of (log ratio, gamma, exponent). Default 'regularized', the paper's."
+            "'identity' r, 'power' r ** exponent, 'log' log r, or the dotted path of a function of (log ratio, gamma, "
+            "exponent), such as my_shapings.mine; in Python also the function. Default 'regularized', the paper's."
         },
     )
     shaping_gamma: float = field(
@@ -168,6 +168,8 @@ class LuffyConfig(GRPOConfig):
                 "split between processes: raise gradient_accumulation_steps (or steps_per_generation) or "
                 "per_device_train_batch_size."
             )
+        if self.max_completion_length is None:
+            raise ValueError("max_completion_length=None: demonstrations need a limit. Set a number of tokens.")
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns=True would take the demonstrations out of the dataset. Set it to False."

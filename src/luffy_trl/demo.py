@@ -62,6 +62,7 @@ class Probe(TrainerCallback):
         self.name = name
         self.tokenizer = tokenizer
         self.walks = walks
+        self.seconds = 0.0  # spent on measuring, not on training
         self.curves: dict[str, list[float]] = {"step": [], **{metric: [] for metric in PANELS}}
 
     def on_train_begin(self, args, state, control, model, **kwargs):
@@ -72,11 +73,13 @@ class Probe(TrainerCallback):
             self._measure(model, state)
 
     def _measure(self, model, state):
+        start = time.perf_counter()
         with torch.random.fork_rng(), torch.no_grad():  # leaves the training's random numbers alone
             torch.manual_seed(0)
             values = probe(model, self.tokenizer, self.walks)
         for key, value in {"step": state.global_step, **values}.items():
             self.curves[key].append(value)
+        self.seconds += time.perf_counter() - start
         if state.global_step % PRINT_EVERY == 0:
             print(
                 f"     {self.name:<5}  step {state.global_step:>3}   reward {values['reward']:.3f}   "
@@ -152,7 +155,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, steps: int = 100) -> dict[st
         trainer = _trainer(name, base, to_dataset(splits["train"]), output_dir, seed, steps, probe_callback)
         start = time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start - probe_callback.seconds
         trainer.save_model()
         trainer.create_model_card(model_name=f"letter-walk-{name}")
         results[name] = measure(trainer.model) | {"seconds": seconds}

@@ -12,6 +12,7 @@ of its text, then EOS.
 
 import math
 import random
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +20,19 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
 SOURCE_COLUMNS = ("completion", "demonstrations", "completion_logps")
-# What encoding leaves in their place. The trainer takes these columns out again before the reward functions.
-IDS_COLUMN = "demonstration_ids"  # list[list[int]]
-LOGPS_COLUMN = "demonstration_logps"  # list[list[float]], there only where the data has `completion_logps`
+# What encoding leaves in their place. The trainer takes these columns out again before the reward functions. Ids and
+# log-probs are bytes, one value a demonstration: rows are copied, sent and walked through many times on their way.
+IDS_COLUMN = "demonstration_ids"  # list[bytes], int32
+LOGPS_COLUMN = "demonstration_logps"  # list[bytes], float32; there only where the data has `completion_logps`
 USABLE_COLUMN = "demonstrations_usable"  # int, how many there are
 DROPPED_COLUMN = "demonstrations_dropped"  # int, demonstrations of this row that were too long
 TRUNCATED_COLUMN = "demonstrations_truncated"  # int, demonstrations of this row that were cut
 ENCODED_COLUMNS = (IDS_COLUMN, LOGPS_COLUMN, USABLE_COLUMN, DROPPED_COLUMN, TRUNCATED_COLUMN)
 
 OVERFLOWS = ("drop", "truncate", "error")
+
+# Part of the datasets cache's fingerprint: raise it with every change of what encoding produces
+ENCODING_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,9 @@ class Demonstration:
 
 def demonstrations_of(row: dict[str, Any]) -> list[Demonstration]:
     """The usable demonstrations of an encoded row."""
-    logps = row.get(LOGPS_COLUMN) or [None] * len(row[IDS_COLUMN])
-    return [Demonstration(ids, lps or None) for ids, lps in zip(row[IDS_COLUMN], logps, strict=True)]
+    ids = [array("i", value).tolist() for value in row[IDS_COLUMN]]
+    logps = [array("f", value).tolist() or None for value in row.get(LOGPS_COLUMN, [b""] * len(ids))]
+    return [Demonstration(*pair) for pair in zip(ids, logps, strict=True)]
 
 
 def place_demonstrations(rows: list[dict[str, Any]], group_size: int, per_group: int) -> list[Demonstration | None]:
@@ -70,25 +76,29 @@ class DemonstrationEncoder:
 
     Args:
         processing_class: the trainer's tokenizer or processor. Its tokenizer has an EOS token.
+        eos_token_ids: every token at which a rollout ends, the tokenizer's EOS among them.
         max_length: `max_completion_length`, in tokens, EOS included.
         overflow: what to do with a longer demonstration. "drop" it; "truncate" it to `max_length` tokens, which then
             do not end with EOS; "error".
         chat_template_kwargs: what prompts are rendered with, beside their messages.
 
     Raises:
-        ValueError: naming the row and the field, for a demonstration that is empty, is no text or holds an EOS before
-            its end, for log-probs that are not finite, positive or of another number than the tokens, and for a
-            demonstration that is too long under "error".
+        ValueError: naming the row and the field, for a prompt that is missing or has images; for a demonstration that
+            is empty, is no text, or holds an EOS before its end; for log-probs that are not finite, positive, or of
+            another number than the tokens; and for a demonstration that is too long under "error".
     """
 
     def __init__(
         self,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        eos_token_ids: list[int],
         max_length: int,
         overflow: str,
         chat_template_kwargs: dict[str, Any],
     ):
+        self.version = ENCODING_VERSION
         self.processing_class = processing_class
+        self.eos_token_ids = eos_token_ids
         is_processor = isinstance(processing_class, ProcessorMixin)
         self.tokenizer = processing_class.tokenizer if is_processor else processing_class
         self.max_length = max_length
@@ -104,9 +114,11 @@ class DemonstrationEncoder:
         texts = [self._texts(batch, i, row) for i, row in enumerate(indices)]
         # One call for all texts of the batch: fast tokenizers spread it over the cores
         flat = [text for row_texts in texts for _, text in row_texts]
-        flat_ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+        tokenized = self.tokenizer(flat, add_special_tokens=False, return_attention_mask=False) if flat else {}
+        flat_ids = iter(tokenized.get("input_ids", []))
 
         for i, row in enumerate(indices):
+            _check_prompt(batch["prompt"][i], row)
             ids_list, logps_list, dropped, truncated = [], [], 0, 0
             for where, _ in texts[i]:
                 ids = self._end(next(flat_ids), where)
@@ -123,8 +135,8 @@ class DemonstrationEncoder:
                         continue
                     truncated += 1
                     ids, logps = ids[: self.max_length], logps[: self.max_length]
-                ids_list.append(ids)
-                logps_list.append(logps)
+                ids_list.append(array("i", ids).tobytes())
+                logps_list.append(array("f", logps).tobytes())
             columns[IDS_COLUMN].append(ids_list)
             columns[USABLE_COLUMN].append(len(ids_list))
             columns[DROPPED_COLUMN].append(dropped)
@@ -165,13 +177,13 @@ class DemonstrationEncoder:
         )
 
     def _end(self, ids: list[int], where: str) -> list[int]:
-        eos = self.tokenizer.eos_token_id
-        if ids[-1:] != [eos]:
-            ids = [*ids, eos]
-        if eos in ids[:-1]:
+        if not ids or ids[-1] not in self.eos_token_ids:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        early = [i for i in ids[:-1] if i in self.eos_token_ids]
+        if early:
             raise ValueError(
-                f"{where} holds the end-of-sequence token {self.tokenizer.eos_token!r} before its end. The policy "
-                "could never write what follows it: cut the demonstration there, or remove the token."
+                f"{where} holds the end-of-sequence token {self.tokenizer.decode(early[:1])!r} before its end. The "
+                "policy could never write what follows it: cut the demonstration there, or remove the token."
             )
         return ids
 
@@ -192,6 +204,18 @@ class DemonstrationEncoder:
                     "probabilities."
                 )
         return logps
+
+
+def _check_prompt(prompt: Any, row: int) -> None:
+    if not isinstance(prompt, str | list) or not prompt:
+        raise ValueError(f"Row {row}: `prompt` is {_short(prompt)}, expected a str or a list of messages.")
+    for message in prompt if isinstance(prompt, list) else []:
+        parts = message["content"] if isinstance(message.get("content"), list) else []
+        if any(part.get("type") == "image" for part in parts):
+            raise ValueError(
+                f"Row {row}: `prompt` has an image, which is not supported together with demonstrations. Leave it "
+                "out, or set num_demonstrations=0."
+            )
 
 
 def demonstration_text(value: Any, where: str) -> str:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 
 import torch
 
+from .imports import import_function
+
 
 Shaping = Callable[[torch.Tensor, float, float], torch.Tensor]
 
@@ -38,35 +40,41 @@ def log(log_ratio: torch.Tensor, gamma: float, exponent: float) -> torch.Tensor:
 
 
 SHAPINGS: dict[str, Shaping] = {"regularized": regularized, "identity": identity, "power": power, "log": log}
+BUILT_IN = frozenset(SHAPINGS)
 
 
 def register_shaping(function: Shaping, name: str | None = None) -> str:
     """Add `function(log_ratio, gamma, exponent)` to the registry and return the name it is known by.
 
-    The name defaults to the function's own. Registering the same function again changes nothing.
+    The name defaults to the function's own. A later function of the same name takes its place, as in a notebook cell
+    that is run again.
 
     Raises:
-        ValueError: if the name is taken by another function, or the function has no name of its own (a lambda).
+        ValueError: if the name is a built-in shaping's, or the function has no name of its own (a lambda, a partial).
     """
-    name = name or function.__name__
+    if name is None:
+        name = getattr(function, "__name__", "")
     if not name.isidentifier():
-        raise ValueError(f"A shaping needs a name; {name!r} is none. Pass a named function, or `name=`.")
-    if SHAPINGS.setdefault(name, function) is not function:
-        raise ValueError(f"There is already another shaping named {name!r}. Give yours a name of its own.")
+        raise ValueError(f"A shaping needs a name; {function!r} has none. Use register_shaping(function, name=...).")
+    if name in BUILT_IN and SHAPINGS[name] is not function:
+        raise ValueError(f"{name!r} is a built-in shaping. Give yours a name of its own.")
+    SHAPINGS[name] = function
     return name
 
 
 def get_shaping(shaping: str | Shaping) -> Shaping:
-    """The function behind a name; a function is returned as it is.
+    """The function behind a name or a dotted path; a function is returned as it is.
 
     Raises:
-        ValueError: if no shaping has that name.
+        ValueError: if there is no such shaping.
     """
     if callable(shaping):
         return shaping
-    if shaping not in SHAPINGS:
-        raise ValueError(
-            f"Unknown shaping {shaping!r}. Known are {', '.join(map(repr, SHAPINGS))}; add your own with "
-            "`luffy_trl.shaping.register_shaping`."
-        )
-    return SHAPINGS[shaping]
+    if shaping in SHAPINGS:
+        return SHAPINGS[shaping]
+    if "." in shaping:
+        return import_function(shaping, "shaping")
+    raise ValueError(
+        f"Unknown shaping {shaping!r}. Known are {', '.join(map(repr, SHAPINGS))}; your own is named by its dotted "
+        "path, such as my_shapings.mine, or added with `luffy_trl.shaping.register_shaping`."
+    )

@@ -1,6 +1,7 @@
 """LuffyTrainer: GRPOTrainer with demonstrations in the groups. Overrides only; the math is in `objective.py`."""
 
 import inspect
+import math
 import os
 import textwrap
 from importlib.resources import files
@@ -35,6 +36,12 @@ logger = get_logger(__name__)
 
 # TRL hands each dataset column to the reward functions by name, beside these arguments of its own
 RESERVED_COLUMNS = ("prompts", "completions")
+
+# Below the log-prob of any token: exp(this - logp) does not overflow
+LEAST_LOGP = -1e4
+
+# Rows tokenized together: 100 long traces are some 10 MB of tokens
+ENCODED_AT_ONCE = 100
 
 # A rollout with this reward counts as solved in `groups/*`, as in the paper's released code
 SOLVED_REWARD = 1.0
@@ -99,7 +106,7 @@ class LuffyTrainer(GRPOTrainer):
             raise TypeError(f"`args` is a {type(args).__name__}; LuffyTrainer takes a LuffyConfig.")
         self.num_demonstrations = args.num_demonstrations
         given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *trl_args, **trl_kwargs)
-        _check_options(given.arguments, demonstrations=self.num_demonstrations > 0)
+        _check_options(given.arguments, args)
 
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
 
@@ -123,27 +130,32 @@ class LuffyTrainer(GRPOTrainer):
         columns = _column_names(dataset)
         encoder = DemonstrationEncoder(
             self.processing_class,
+            self.eos_token_ids,
             self.max_completion_length,
             self.args.demonstration_overflow,
             self.chat_template_kwargs,
         )
         used = [column for column in SOURCE_COLUMNS if column in columns]
         if isinstance(dataset, IterableDataset):
-            return dataset.map(encoder, batched=True, with_indices=True, remove_columns=used)
+            return dataset.map(
+                encoder, batched=True, batch_size=ENCODED_AT_ONCE, with_indices=True, remove_columns=used
+            )
 
         features = {name: feature for name, feature in dataset.features.items() if name not in used}
         features |= {
-            IDS_COLUMN: List(List(Value("int32"))),
+            IDS_COLUMN: List(Value("binary")),
             USABLE_COLUMN: Value("int32"),
             DROPPED_COLUMN: Value("int32"),
             TRUNCATED_COLUMN: Value("int32"),
         }
         if "completion_logps" in used:
-            features[LOGPS_COLUMN] = List(List(Value("float32")))
-        with self.accelerator.main_process_first():  # the others read the first one's cache
+            features[LOGPS_COLUMN] = List(Value("binary"))
+        with self.accelerator.main_process_first():  # the others read its cache, if the dataset is on disk
             dataset = dataset.map(
                 encoder,
                 batched=True,
+                batch_size=ENCODED_AT_ONCE,
+                writer_batch_size=ENCODED_AT_ONCE,
                 with_indices=True,
                 remove_columns=used,
                 features=Features(features),
@@ -173,14 +185,16 @@ class LuffyTrainer(GRPOTrainer):
     # Generation
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = _without_demonstrations(inputs) if self.num_demonstrations > 0 else inputs
         if not self.model.training:
-            return super()._generate_and_score_completions(_without_demonstrations(inputs))
+            self._placed = []  # an interrupted training step may have left some
+            return super()._generate_and_score_completions(rows)
 
         if self.num_demonstrations > 0:
             self._placed = place_demonstrations(inputs, self.num_generations, self.num_demonstrations)
         else:
             self._placed = [None] * len(inputs)
-        output = super()._generate_and_score_completions(_without_demonstrations(inputs))
+        output = super()._generate_and_score_completions(rows)
 
         is_demonstration = torch.tensor([d is not None for d in self._placed], device=self.accelerator.device)  # (B,)
         all_is_demonstration = self.accelerator.gather(is_demonstration)  # (rows of all processes,)
@@ -223,9 +237,9 @@ class LuffyTrainer(GRPOTrainer):
         return completion_ids, logps if sampled_logps is not None else None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        if self._placed and self.num_demonstrations > 0:
-            # A column of the completions table
-            self._log_completion_extra("demonstration", [d is not None for d in self._placed])
+        if self.num_demonstrations > 0:  # a column of the completions table; evaluation has none
+            placed = self._placed or [None] * len(prompts)
+            self._log_completion_extra("demonstration", [d is not None for d in placed])
         self._completion_ids = completion_ids_list
         self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._rewards_per_func
@@ -420,9 +434,10 @@ class LuffyTrainer(GRPOTrainer):
         seen = self._denominator(inputs, inputs["completion_mask"].bool() & ~off_policy_mask)  # (B, 1)
         whole = self._denominator(inputs, inputs["completion_mask"].bool())  # (B, 1)
         rollouts["advantages"] = inputs["advantages"].unsqueeze(1) * (seen / whole)  # (B, 1)
-        if "old_per_token_logps" in inputs:
-            # Keeps the ratio of tokens that do not count finite, however far they have moved: inf * 0 is NaN
-            rollouts["old_per_token_logps"] = inputs["old_per_token_logps"].masked_fill(off_policy_mask, 0.0)
+        # Keep ratio and KL of tokens that do not count finite, however improbable they are: inf * 0 is NaN
+        for key, neutral in (("old_per_token_logps", 0.0), ("ref_per_token_logps", LEAST_LOGP)):
+            if key in inputs:
+                rollouts[key] = inputs[key].masked_fill(off_policy_mask, neutral)
         return rollouts
 
     def _off_policy_loss(self, logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
@@ -469,6 +484,12 @@ class LuffyTrainer(GRPOTrainer):
             dropped, truncated = self.accelerator.reduce(torch.tensor(overflow, device=device), "sum").tolist()
             self._metrics["train"]["off_policy/dropped"].append(dropped)
             self._metrics["train"]["off_policy/truncated"].append(truncated)
+            if dropped and not is_demonstration.any() and isinstance(self.train_dataset, IterableDataset):
+                # A stream cannot be counted beforehand
+                logger.warning_once(
+                    f"All demonstrations of a generation were dropped for having more than max_completion_length="
+                    f"{self.max_completion_length} tokens."
+                )
 
     def _log_groups(self, rewards: torch.Tensor, is_demonstration: torch.Tensor) -> None:
         """Rewards and what groups hold; both arguments are (rows of all processes,), the same on each of them."""
@@ -489,7 +510,9 @@ class LuffyTrainer(GRPOTrainer):
         off_policy = inputs.get("off_policy_mask", torch.zeros_like(mask))
         on_policy = mask & ~off_policy
         probs = logps.exp()
-        ratio = (logps - inputs["behavior_logps"]).exp() if "behavior_logps" in inputs else probs
+        ratio = probs
+        if "behavior_logps" in inputs:  # clamped, for the mean to stay finite: e^20 is as telling as more
+            ratio = (logps - inputs["behavior_logps"]).clamp(max=20.0).exp()
         on_count, off_count = on_policy.sum(), off_policy.sum()
         self._add_means(
             {
@@ -516,12 +539,15 @@ class LuffyTrainer(GRPOTrainer):
                 if count > 0:  # a name with nothing to report is left out
                     self._metrics["train"][name] = [total / count]
             self._sums.clear()
+            metrics = self._metrics["train"]
+            for name in [name for name, values in metrics.items() if all(math.isnan(value) for value in values)]:
+                del metrics[name]  # TRL would log None: a step without rollouts of its kind
         super().log(logs, start_time)
 
 
 def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    """Column names; those of a stream that does not know them are read off its first row."""
-    return dataset.column_names or list(next(iter(dataset)))
+    """Column names; those of a stream that does not know them are read off its first row, none if it is empty."""
+    return dataset.column_names or list(next(iter(dataset), {}))
 
 
 def _without_demonstrations(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -530,18 +556,26 @@ def _without_demonstrations(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in ours} for row in rows]
 
 
-def _check_options(arguments: dict[str, Any], demonstrations: bool) -> None:
+def _check_options(arguments: dict[str, Any], args: LuffyConfig) -> None:
     """Refuse, by name, data and options that would fail later or silently do something else."""
-    for name in ("train_dataset", "eval_dataset"):
-        dataset = arguments.get(name)
+    train_dataset, eval_dataset = arguments.get("train_dataset"), arguments.get("eval_dataset")
+    named = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        named |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    else:
+        named["eval_dataset"] = eval_dataset
+    for name, dataset in named.items():
         if isinstance(dataset, Dataset | IterableDataset):
-            taken = [column for column in RESERVED_COLUMNS if column in _column_names(dataset)]
-            if taken:
-                raise ValueError(
-                    f"`{name}` has a column {taken[0]!r}, the name under which reward functions receive the trainer's "
-                    f"own {taken[0]}. Rename it: demonstrations are called 'completion' or 'demonstrations'."
-                )
-    if not demonstrations:
+            _check_columns(name, _column_names(dataset), arguments.get("environment_factory") is not None)
+    if isinstance(train_dataset, Dataset):
+        prompts = args.generation_batch_size // args.num_generations
+        if len(train_dataset) < prompts:
+            raise ValueError(
+                f"`train_dataset` has {len(train_dataset)} rows, fewer than the {prompts} prompts of one generation "
+                f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations}), "
+                "so no step would be taken. Add rows, or lower gradient_accumulation_steps or per_device_train_batch_size."
+            )
+    if args.num_demonstrations == 0:
         return
 
     for option in ("tools", "rollout_func", "environment_factory"):
@@ -550,9 +584,21 @@ def _check_options(arguments: dict[str, Any], demonstrations: bool) -> None:
                 f"`{option}` cannot be combined with demonstrations: what a tool or an environment would have "
                 f"answered to them is not known. Set num_demonstrations=0, or leave `{option}` out."
             )
-    dataset = arguments.get("train_dataset")
-    if isinstance(dataset, Dataset | IterableDataset):
-        _check_demonstration_columns(_column_names(dataset))
+    if isinstance(train_dataset, Dataset | IterableDataset):
+        _check_demonstration_columns(_column_names(train_dataset))
+
+
+def _check_columns(name: str, columns: list[str], environment_makes_prompts: bool) -> None:
+    if not columns:
+        raise ValueError(f"`{name}` is empty.")
+    if "prompt" not in columns and not environment_makes_prompts:
+        raise ValueError(f"`{name}` has no `prompt` column, only {columns}.")
+    for column in RESERVED_COLUMNS:
+        if column in columns:
+            raise ValueError(
+                f"`{name}` has a column {column!r}, the name under which reward functions receive the trainer's own "
+                f"{column}. Rename it: demonstrations are called 'completion' or 'demonstrations'."
+            )
 
 
 def _check_demonstration_columns(columns: list[str]) -> None:

@@ -1,8 +1,5 @@
 """One training run from arguments: what `train.py`, `luffy-trl train` and notebooks share."""
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +7,12 @@ from pathlib import Path
 import datasets
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets.exceptions import DatasetGenerationError
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
 from .config import LuffyConfig
+from .imports import import_function
 from .tasks.letter_walk import letter_walk_reward, split_walks, to_dataset
 from .tasks.letter_walk_base import load_or_pretrain
 from .trainer import LuffyTrainer
@@ -86,8 +85,10 @@ def run(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_arg
 
     model_name = model_args.model_name_or_path
     if model_name is None:
+        # the underscore keeps it out of a push to the Hub
+        base = Path(training_args.output_dir) / f"_base-seed{training_args.seed}"
         with PartialState().main_process_first():
-            model_name = str(load_or_pretrain(Path(training_args.output_dir) / "base", training_args.seed))
+            model_name = str(load_or_pretrain(base, training_args.seed))
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -128,28 +129,15 @@ def load_reward_funcs(names: list[str] | None, dataset_name: str) -> list[Callab
                 "function of your own."
             )
         names = ["letter_walk_reward"]
-    return [REWARD_FUNCS[name] if name in REWARD_FUNCS else _import_function(name) for name in names]
-
-
-def _import_function(path: str) -> Callable:
-    module_name, _, function_name = path.rpartition(".")
-    if not module_name:
-        raise ValueError(
-            f"--reward_funcs {path}: no such reward function. Known are {', '.join(REWARD_FUNCS)}; your own is named "
-            "by its dotted path, such as my_rewards.my_function."
-        )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--reward_funcs {path}: {error}. It is looked for in {os.getcwd()} and among the installed packages."
-        ) from error
-    function = vars(module).get(function_name)
-    if not callable(function):
-        raise ValueError(f"--reward_funcs {path}: {module_name} has no function {function_name}.")
-    return function
+    functions = []
+    for name in names:
+        if name not in REWARD_FUNCS and "." not in name:
+            raise ValueError(
+                f"--reward_funcs {name}: no such reward function. Known are {', '.join(REWARD_FUNCS)}; your own is "
+                "named by its dotted path, such as my_rewards.my_function."
+            )
+        functions.append(REWARD_FUNCS[name] if name in REWARD_FUNCS else import_function(name, "--reward_funcs"))
+    return functions
 
 
 def load_splits(
@@ -160,9 +148,13 @@ def load_splits(
         return {split: to_dataset(walks) for split, walks in split_walks(seed=seed).items()}
     path = Path(name)
     if path.suffix in FILE_LOADERS:
-        return datasets.load_dataset(
-            FILE_LOADERS[path.suffix], data_files=str(path), streaming=script_args.dataset_streaming
-        )
+        try:
+            return datasets.load_dataset(
+                FILE_LOADERS[path.suffix], data_files=str(path), streaming=script_args.dataset_streaming
+            )
+        except (DatasetGenerationError, StopIteration) as error:  # what `datasets` raises for broken, for empty files
+            cause = error.__cause__ or "it holds no rows"
+            raise ValueError(f"--dataset_name {name} cannot be read: {cause}") from error
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = datasets.load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else {script_args.dataset_train_split: saved}
