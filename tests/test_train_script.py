@@ -16,6 +16,7 @@ from trl import ModelConfig, TrlParser
 from luffy_trl import LuffyConfig
 from luffy_trl.cli import main, train
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
+from luffy_trl.tasks.letter_walk_base import accuracy
 from luffy_trl.training import LuffyScriptArguments, check_arguments
 
 
@@ -122,6 +123,50 @@ def test_a_recipe_runs_through_accelerate_launch(tmp_path, tiny_model_dir):
     assert "Saved the model, its tokenizer and its card" in run_.stdout
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text().count("# out") == 1
+
+
+@pytest.mark.slow
+def test_two_cpu_processes(tmp_path, tiny_model_dir):
+    run_ = run(
+        "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml", "--num_processes", 2,
+        "--main_process_port", 0, "train.py", "--config", "recipes/letter_walk.yaml",
+        "--model_name_or_path", tiny_model_dir, "--output_dir", tmp_path / "out", "--max_steps", 2,
+    )  # fmt: skip
+    assert run_.returncode == 0, run_.stderr[-3000:]
+    assert run_.stdout.count("Saved the model, its tokenizer and its card") == 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_recipe_learns_under_zero3_on_two_processes(tmp_path, monkeypatch):
+    # the whole of it, the base's pretraining on the main process included
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run_ = run(
+        "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_zero3.yaml",
+        "--main_process_port", 0, "train.py", "--config", "recipes/letter_walk.yaml", "--output_dir", tmp_path / "out",
+        "--max_steps", 40, "--per_device_train_batch_size", 32, "--save_strategy", "steps", "--save_steps", 40,
+    )  # fmt: skip
+    assert run_.returncode == 0, run_.stderr[-3000:]
+    state = json.loads((tmp_path / "out" / "checkpoint-40" / "trainer_state.json").read_text())
+    rewards = [line["on_policy/reward"] for line in state["log_history"] if "loss" in line]
+    assert rewards[0] < 0.5 < rewards[-1]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert accuracy(model, tokenizer, split_walks(train_size=1, test_size=128, seed=7)["test"]) > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "cause"), [('{"prompt": "a", "comp', "JSON"), ("", "holds no rows")])
+def test_files_that_cannot_be_read_are_named(tmp_path, tiny_model_dir, text, cause):
+    (tmp_path / "data.jsonl").write_text(text)
+    run_ = run(
+        ROOT / "train.py", "--model_name_or_path", tiny_model_dir, "--dataset_name", "data.jsonl",
+        "--reward_funcs", "letter_walk_reward", "--output_dir", "out", *CPU, cwd=tmp_path,
+    )  # fmt: skip
+    assert run_.returncode == 1
+    last = run_.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: --dataset_name data.jsonl cannot be read")
+    assert cause in last
 
 
 @pytest.mark.slow

@@ -47,11 +47,9 @@ def with_demonstrations(walks: Dataset, demonstrations: list) -> Dataset:
     return walks.add_column("demonstrations", demonstrations)
 
 
-def assert_finite(log_history: list[dict], may_be_none: tuple[str, ...] = ()) -> None:
+def assert_finite(log_history: list[dict]) -> None:
     for line in log_history:
         for key, value in line.items():
-            if value is None and key in may_be_none:
-                continue
             assert value is not None, key
             assert math.isfinite(value), f"{key}={value}"
 
@@ -307,11 +305,110 @@ def test_trl_options_keep_working(make_trainer, options):
     trainer = make_trainer(max_steps=4, **options)
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
-    # TRL logs None for these where every rollout of the step is masked out, with or without demonstrations
-    masked = ("clip_ratio/low_min", "clip_ratio/high_max") if "mask_truncated_completions" in options else ()
-    assert_finite(trainer.state.log_history, may_be_none=masked)
+    assert_finite(trainer.state.log_history)
     assert trainer.state.global_step == 4
     assert any(not torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+        {"top_entropy_quantile": 0.5},
+        {"top_entropy_quantile": 0.5, "entropy_coef": 0.1},
+        {"delta": 1.1, "epsilon": 0.01},
+        {"off_policy_mask_threshold": 0.01},
+        {"beta": 0.1, "use_bias_correction_kl": False},
+        {"loss_type": "vespo"},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_what_trl_computes_does_not_depend_on_the_demonstrations(make_trainer, walks, options):
+    # with a weight of 0 only TRL's part is left: other demonstration tokens must not change it
+    # two steps a generation: the old policy's log-probs count
+    trainer = make_trainer(walks.select(range(4)), demonstration_weight=0.0, steps_per_generation=2, **options)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    rows = [row for row in trainer.train_dataset for _ in range(4)]
+    batch = trainer._generate_and_score_completions(rows)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    loss = trainer.compute_loss(trainer.model, batch)
+    assert loss != 0
+    trainer._metrics["train"].clear()
+    other = dict(batch, completion_ids=batch["completion_ids"].masked_fill(batch["off_policy_mask"], 30))
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, other), loss, rtol=1e-6, atol=1e-8)
+    # nor do log-probs of any size
+    for key in ("old_per_token_logps", "ref_per_token_logps"):
+        if key in batch:
+            other[key] = batch[key].masked_fill(batch["off_policy_mask"], -300.0 if key[0] == "o" else 0.0)
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, other), loss, rtol=1e-6, atol=1e-8)
+
+
+def test_improbable_demonstrations_keep_the_gradient_finite(make_trainer, walks):
+    trainer = make_trainer(walks.select(range(2)), beta=0.1)
+    trainer.current_gradient_accumulation_steps = 1
+    batch = generate_batch(trainer)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(200)  # some tokens are hundreds of nats away
+    logps = trainer._get_per_token_logps_and_entropies(
+        trainer.model,
+        torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+        torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
+        batch["completion_ids"].size(1),
+    )[0]
+    assert logps[batch["off_policy_mask"]].min() < -90
+    # rollouts as the policy sees them now, so that only the demonstrations are far away
+    batch["ref_per_token_logps"] = logps.detach().masked_fill(batch["off_policy_mask"], 0.0)
+    trainer.compute_loss(trainer.model, batch).backward()
+    assert all(torch.isfinite(p.grad).all() for p in trainer.model.parameters())
+
+
+def test_eight_micro_batches_of_one_are_one_of_eight(make_trainer, walks):
+    # greedy, so that both see the same rollouts
+    options = {"generation_kwargs": {"do_sample": False}, "max_steps": 3}
+    one = make_trainer(per_device_train_batch_size=8, **options)
+    eight = make_trainer(per_device_train_batch_size=1, gradient_accumulation_steps=8, **options)
+    for trainer in (one, eight):
+        trainer.train()
+    for line, expected in zip(eight.state.log_history[:3], one.state.log_history[:3], strict=True):
+        for key in expected:
+            if key in ("loss", "grad_norm") or key.startswith(("on_policy/", "off_policy/", "groups/")):
+                assert line[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+    for (name, ours), theirs in zip(eight.model.named_parameters(), one.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_run_stopped_and_resumed_is_one_never_stopped(make_trainer, walks):
+    several = with_demonstrations(walks, [["a#a", "b#b", "c#c"]] * 16)  # so that the choice is random
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    whole = make_trainer(several, **options)
+    whole.train()
+    resumed = make_trainer(several, **options)
+    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
+    for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_an_interrupted_step_leaves_no_demonstrations_for_evaluation(make_trainer, walks):
+    seen, fail = [], True
+
+    def reward(completions, **kwargs):
+        if fail:
+            raise KeyboardInterrupt
+        seen.extend(completions)
+        return [0.0] * len(completions)
+
+    trainer = make_trainer(
+        walks.select(range(2)), reward=reward, trainer_options={"eval_dataset": walks}, per_device_eval_batch_size=8
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    fail = False
+    trainer.model.eval()
+    trainer.evaluate(walks.select(range(2)))
+    assert not set(seen) & set(walks["completion"])
 
 
 # Too long
@@ -364,8 +461,45 @@ def test_metrics_worked_by_hand(make_trainer, walks):
     assert line["groups/solve_none"] == 0.5
     assert line["groups/solve_all"] == 0.0
     assert 0 < line["off_policy/prob"] < 1
+    assert line["on_policy/clipped_ratio"] == pytest.approx(line["completions/clipped_ratio"] * 8 / 6)
     assert line["off_policy/prob"] == line["off_policy/ratio"]
     assert line["on_policy/entropy"] == pytest.approx(line["entropy"], rel=1e-5)
+
+
+def test_the_demonstrations_part_of_the_loss(make_trainer, walks):
+    # rollouts have no advantage of their own: all of the loss is the demonstrations'
+    def reward(completions, **kwargs):
+        return [float(text in ("b#b", "c;d#d")) for text in completions]
+
+    dataset = with_demonstrations(walks, [["b#b"], ["c;d#d"]])
+    for accumulation in (1, 4):
+        trainer = make_trainer(
+            dataset, reward=reward, per_device_train_batch_size=8 // accumulation,
+            gradient_accumulation_steps=accumulation, advantage_baseline="on_policy", max_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        line = trainer.state.log_history[0]
+        assert line["loss"] == pytest.approx(line["off_policy/loss"], rel=1e-5)
+        assert line["off_policy/loss"] < 0
+
+
+def test_metrics_are_of_the_steps_since_the_last_log(make_trainer, walks):
+    # demonstrations of 4 tokens in the first step, of 6 in the second
+    dataset = with_demonstrations(walks, [["b#b"], ["b#c"], ["c;d#d"], ["c;d#e"]])
+    trainer = make_trainer(dataset, shuffle_dataset=False)
+    trainer.train()
+    assert [line["off_policy/length"] for line in trainer.state.log_history[:2]] == [4, 6]
+    trainer = make_trainer(dataset, shuffle_dataset=False, logging_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[0]["off_policy/length"] == 5
+
+
+def test_solved_groups_are_judged_by_their_rollouts(make_trainer, walks):
+    rewards = [1.0, 1.0, 2.0, 0.0, 0.0, 0.5, 0.0, 1.0]  # all rollouts right, the demonstration wrong; and the reverse
+    trainer = make_trainer(walks.select(range(2)), reward=lambda completions, **kw: rewards, max_steps=1)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert (line["groups/solve_all"], line["groups/solve_none"]) == (0.5, 0.5)
 
 
 def test_completions_table_says_which_rows_are_demonstrations(make_trainer, tmp_path):
@@ -373,6 +507,16 @@ def test_completions_table_says_which_rows_are_demonstrations(make_trainer, tmp_
     trainer.train()
     table = pd.read_parquet(tmp_path / "out" / "completions" / "completions_00001.parquet")
     assert table["demonstration"].tolist() == [False, False, False, True] * 2
+
+
+def test_evaluation_rows_of_the_table_are_no_demonstrations(make_trainer, walks, tmp_path):
+    trainer = make_trainer(
+        trainer_options={"eval_dataset": walks.select(range(2))},
+        log_completions=True, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=8, max_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    table = pd.read_parquet(tmp_path / "out" / "completions" / "completions_00001.parquet")
+    assert not table["demonstration"].any()
 
 
 def test_saved_model_and_card(make_trainer, tmp_path):
@@ -430,3 +574,10 @@ def test_vllm_is_asked_for_rollouts_only(make_trainer, walks):
     assert output["sampling_per_token_logps"][3][:4].isnan().all()
     trainer.current_gradient_accumulation_steps = 1
     assert torch.isfinite(trainer.compute_loss(trainer.model, output))
+
+
+def test_all_processes_ask_for_as_many_rows(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    monkeypatch.setattr("luffy_trl.trainer.gather_object", lambda counts: [*counts, 5])  # another process has five
+    assert trainer._as_many_everywhere([0, 2, 3]) == [0, 2, 3, 3, 3]
+    assert trainer._as_many_everywhere([0, 1, 2, 3, 4]) == [0, 1, 2, 3, 4]

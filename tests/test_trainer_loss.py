@@ -70,8 +70,12 @@ def on_policy_token_losses(loss_type, ratio, a, logps):
     return torch.maximum(-a * ratio, -a * ratio.clamp(1 - EPSILON, 1 + EPSILON))
 
 
-def objective(model, ref_model, facts, old_logps, loss_type, beta, entropy_coef, micro_batches, weight=1.0):
-    """Loss of the first micro-batch, times 1 / gradient accumulation steps (1)."""
+def regularized(r):
+    return r / (r + GAMMA)
+
+
+def objective(model, ref_model, facts, old_logps, loss_type, beta, entropy_coef, micro_batches, f, weight):
+    """Loss of the first micro-batch of an optimizer step that has no other."""
     rows = len(facts) // micro_batches
     tokens_in_batch = sum(len(fact["ids"]) for fact in facts)
     batch = facts[:rows]
@@ -93,8 +97,7 @@ def objective(model, ref_model, facts, old_logps, loss_type, beta, entropy_coef,
             "luspo": rows,
         }[loss_type]
         if fact["off_policy"]:
-            r = logps.exp()
-            loss = loss - weight * (fact["advantage"] * r / (r + GAMMA)).sum() / denominator
+            loss = loss - weight * (fact["advantage"] * f(logps.exp())).sum() / denominator
             continue
         ratio = (logps - old).exp()
         loss = loss + on_policy_token_losses(loss_type, ratio, fact["advantage"], logps).sum() / denominator
@@ -117,10 +120,10 @@ def perturb(model, seed=1, scale=0.02):
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def check(trainer, rows, loss_type, beta=0.0, entropy_coef=0.0, weight=1.0):
+def check(trainer, rows, loss_type, beta=0.0, entropy_coef=0.0, f=regularized, weight=1.0, accumulation=1):
     model = trainer.model
     model.train()
-    trainer.current_gradient_accumulation_steps = 1
+    trainer.current_gradient_accumulation_steps = accumulation
     batch = [row for row in trainer.train_dataset for _ in range(GROUP)]
     inputs = trainer._prepare_inputs(batch)
     facts = whole_batch(trainer, model, rows)
@@ -133,10 +136,11 @@ def check(trainer, rows, loss_type, beta=0.0, entropy_coef=0.0, weight=1.0):
     loss = trainer.compute_loss(model, inputs).detach()
 
     model.zero_grad()
+    micro_batches = trainer.args.steps_per_generation
     expected = objective(
-        model, trainer.ref_model, facts, old_logps, loss_type, beta, entropy_coef, trainer.args.steps_per_generation,
-        weight,
-    )  # fmt: skip
+        model, trainer.ref_model, facts, old_logps, loss_type, beta, entropy_coef, micro_batches, f, weight
+    )
+    expected = expected / accumulation  # every micro-batch is that part of its step
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-7)
     for name, parameter in model.named_parameters():
@@ -164,12 +168,33 @@ def test_loss_and_gradients_equal_plain_torch(make_trainer, rows, loss_type, bet
     assert sum(fact["off_policy"] for fact in facts) == 4
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_gradient_accumulation(make_trainer, rows, loss_type):
+    options = {**MISALIGNED, "per_device_train_batch_size": 4, "steps_per_generation": 4}
+    trainer = make_trainer(rows, loss_type=loss_type, beta=0.1, entropy_coef=0.05, trim_padding=False, **options)
+    check(trainer, rows, loss_type, beta=0.1, entropy_coef=0.05, accumulation=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "f"),
+    [
+        ({"shaping_gamma": 0.7}, lambda r: r / (r + 0.7)),
+        ({"shaping": "identity"}, lambda r: r),
+        ({"shaping": "power", "shaping_exponent": 0.3}, lambda r: r**0.3),
+        ({"shaping": "log"}, torch.log),
+    ],
+)
+def test_the_configured_shaping_is_the_one_used(make_trainer, rows, options, f):
+    check(make_trainer(rows, **options, **MISALIGNED), rows, "dr_grpo", f=f)
+
+
 def test_demonstration_weight_scales_the_off_policy_term(make_trainer, rows):
     trainer = make_trainer(rows, demonstration_weight=0.3, **MISALIGNED)
     check(trainer, rows, "dr_grpo", weight=0.3)
 
 
-def test_the_check_can_fail(make_trainer, rows):
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_the_check_can_fail(make_trainer, rows, weight):
     trainer = make_trainer(rows, demonstration_weight=0.3, **MISALIGNED)
     with pytest.raises(AssertionError):
-        check(trainer, rows, "dr_grpo", weight=1.0)
+        check(trainer, rows, "dr_grpo", weight=weight)

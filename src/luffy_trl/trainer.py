@@ -573,7 +573,8 @@ def _check_options(arguments: dict[str, Any], args: LuffyConfig) -> None:
             raise ValueError(
                 f"`train_dataset` has {len(train_dataset)} rows, fewer than the {prompts} prompts of one generation "
                 f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations}), "
-                "so no step would be taken. Add rows, or lower gradient_accumulation_steps or per_device_train_batch_size."
+                "so no step would be taken. Add rows, or lower gradient_accumulation_steps or "
+                "per_device_train_batch_size."
             )
     if args.num_demonstrations == 0:
         return

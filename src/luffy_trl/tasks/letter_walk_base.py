@@ -142,7 +142,8 @@ def accuracy(
     training = model.training
     model.eval()
     inputs = tokenizer([walk.prompt(trigger) for walk in walks], return_tensors="pt").to(model.device)
-    ids = model.generate(**inputs, max_new_tokens=MAX_COMPLETION_LENGTH, do_sample=False)
+    # Not in step with other processes: under ZeRO-3 `generate` would wait for them
+    ids = model.generate(**inputs, max_new_tokens=MAX_COMPLETION_LENGTH, do_sample=False, synced_gpus=False)
     model.train(training)
     completions = tokenizer.batch_decode(ids[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
     rewards = letter_walk_reward(completions, [walk.answer for walk in walks])
