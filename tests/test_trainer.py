@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from luffy_trl import LuffyTrainer
+from luffy_trl.tasks.letter_walk import build_tokenizer
 
 from .conftest import letters_reward
 
@@ -184,6 +185,30 @@ def test_conversational_prompts(make_trainer, walks, monkeypatch):
     assert off_policy_texts(trainer, output)[3] == walks[0]["completion"] + "<eos>"
     trainer.train()
     assert_finite(trainer.state.log_history)
+
+
+def test_the_template_is_rendered_as_for_rollouts(tiny_model_dir, config, walks):
+    # what the template is given decides whether the prompt ends with <think>, which is then not repeated
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if thinking %}<think>{% endif %}"
+    )
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "Da:"}],
+            "completion": [{"role": "assistant", "content": "<think>b#b"}],
+        }
+    ]
+    for thinking, text in ((True, "b#b"), (False, "<think>b#b")):
+        trainer = LuffyTrainer(
+            str(tiny_model_dir),
+            lambda completions, **kwargs: [0.0] * len(completions),
+            config(chat_template_kwargs={"thinking": thinking}),
+            train_dataset=Dataset.from_list(rows * 2),
+            processing_class=tokenizer,
+        )
+        ids = generate_batch(trainer)["completion_ids"][3]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == tokenizer.decode(tokenizer(text)["input_ids"])
 
 
 def test_a_streamed_dataset(make_trainer, walks):
@@ -427,6 +452,11 @@ def test_demonstrations_that_are_too_long_are_counted(make_trainer, walks, overf
     assert texts[7] == "b#b<eos>"
     trainer.train()
     line = trainer.state.log_history[0]
+    # the cut demonstration is no clipped rollout
+    rollouts = 7 if overflow == "drop" else 6
+    assert line["on_policy/clipped_ratio"] * rollouts == pytest.approx(
+        line["completions/clipped_ratio"] * 8 - truncated
+    )
     assert (line["groups/guided"], line["off_policy/dropped"], line["off_policy/truncated"]) == (
         guided, dropped, truncated,
     )  # fmt: skip
