@@ -48,6 +48,7 @@ test-vllm: $(VENV)-vllm/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/update_phase.py --output benchmarks/results/update_phase_cpu.json
 	$(BIN)/python benchmarks/update_phase.py --lengths equal --output benchmarks/results/update_phase_equal_lengths_cpu.json
+	$(BIN)/python benchmarks/generation.py --output benchmarks/results/generation_cpu.json
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -24,11 +24,11 @@ OPTIONS = {
 }
 
 
-def launch(config: Path, processes: int, model_dir: Path, output_dir: Path, options: dict) -> list[dict]:
+def launch(config: Path, processes: int, script: str, *arguments) -> str:
+    """What the script prints on so many processes."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", config,
-        "--num_processes", processes, "--main_process_port", 0,
-        ROOT / "tests" / "run_two_processes.py", model_dir, output_dir, json.dumps(options),
+        "--num_processes", processes, "--main_process_port", 0, ROOT / "tests" / script, *arguments,
     ]  # fmt: skip
     # the bounded time is the test for deadlocks
     run = subprocess.run(
@@ -40,7 +40,12 @@ def launch(config: Path, processes: int, model_dir: Path, output_dir: Path, opti
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    [line] = [line for line in run.stdout.splitlines() if line.startswith("LOG ")]
+    return run.stdout
+
+
+def train(config: Path, processes: int, model_dir: Path, output_dir: Path, options: dict) -> list[dict]:
+    output = launch(config, processes, "run_two_processes.py", model_dir, output_dir, json.dumps(options))
+    [line] = [line for line in output.splitlines() if line.startswith("LOG ")]
     return json.loads(line.removeprefix("LOG "))
 
 
@@ -51,7 +56,7 @@ def one_process(tiny_model_dir, tmp_path_factory):
 
     @cache
     def run(name: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
-        log = launch(CONFIGS / "cpu.yaml", 1, tiny_model_dir, directory / name, OPTIONS[name])
+        log = train(CONFIGS / "cpu.yaml", 1, tiny_model_dir, directory / name, OPTIONS[name])
         return log, load_file(directory / name / "model.safetensors")
 
     return run
@@ -82,7 +87,7 @@ def fsdp2_on_cpu(tmp_path) -> Path:
 def test_two_processes_equal_one(backend, name, one_process, fsdp2_on_cpu, tiny_model_dir, tmp_path):
     config = {"ddp": CONFIGS / "cpu.yaml", "fsdp2": fsdp2_on_cpu, "zero3": CONFIGS / "cpu_zero3.yaml"}[backend]
     expected, expected_weights = one_process(name)
-    log = launch(config, 2, tiny_model_dir, tmp_path / "two", OPTIONS[name])
+    log = train(config, 2, tiny_model_dir, tmp_path / "two", OPTIONS[name])
     assert [line["groups/guided"] for line in log] == [0.5, 1.0, 0.5, 0.0]
     for line, expected_line in zip(log, expected, strict=True):
         assert line["loss"] == pytest.approx(expected_line["loss"], abs=1e-4)
@@ -97,3 +102,15 @@ def test_two_processes_equal_one(backend, name, one_process, fsdp2_on_cpu, tiny_
         torch.testing.assert_close(weights[key], tensor, rtol=1e-3, atol=1e-4)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, min_new_tokens=4).shape == (1, 7)
+
+
+@pytest.mark.slow
+def test_vllm_server_mode_hands_each_process_its_own_completions(tiny_model_dir, tmp_path):
+    launch(CONFIGS / "cpu.yaml", 2, "run_server_mode.py", tiny_model_dir, tmp_path)
+    first, second = (json.loads((tmp_path / f"process{i}.json").read_text()) for i in range(2))
+    # rollouts of each step, and how many of them answer their own prompt: all
+    assert first["own"] == [[6, 6], [6, 6], [8, 8], [8, 8]]
+    assert second["own"] == [[8, 8], [6, 6], [6, 6], [8, 8]]
+    # the main process asks for all; the one with fewer rollouts asks for its last one again
+    assert first["asked"] == [16, 12, 16, 16]
+    assert second["asked"] == []

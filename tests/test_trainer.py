@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from luffy_trl import LuffyTrainer
@@ -565,10 +566,35 @@ def test_saved_model_and_card(make_trainer, tmp_path):
     assert state["log_history"][0]["off_policy/loss"] is not None
 
 
-def test_lora(make_trainer, walks):
-    from peft import LoraConfig
+def test_lora_is_trained_saved_reloaded_and_merged(make_trainer, tiny_model_dir, tmp_path, walks):
+    trainer = make_trainer(trainer_options={"peft_config": LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)})
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert_finite(trainer.state.log_history)
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(before[name], p)}
+    assert changed
+    assert all("lora_" in name for name in changed)  # the base model's weights are untouched
 
-    trainer = make_trainer(trainer_options={"peft_config": LoraConfig(task_type="CAUSAL_LM")})
+    trainer.save_model()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = trainer.model(input_ids=ids).logits
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    assert (base(input_ids=ids).logits - expected).abs().max() > 1e-3
+    reloaded = PeftModel.from_pretrained(base, tmp_path / "out")
+    torch.testing.assert_close(reloaded(input_ids=ids).logits, expected)
+    merged = reloaded.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_qlora(make_trainer):
+    trainer = make_trainer(
+        trainer_options={
+            "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+            "peft_config": LoraConfig(task_type="CAUSAL_LM"),
+        }
+    )
+    quantized = [p for p in trainer.model.parameters() if p.dtype == torch.uint8]
+    assert quantized  # four bits: two weights a byte
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     assert_finite(trainer.state.log_history)

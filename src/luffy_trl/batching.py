@@ -42,12 +42,14 @@ def optimizer_steps(micro_batches: int, current: int, following: int) -> list[ra
 
 
 def order_by_length(batches: list[Batch]) -> list[Batch]:
-    """The same rows in as many micro-batches of the same sizes, the longest rows first.
+    """The same rows in as many micro-batches of the same sizes, the longest completions first.
 
-    On every process the k-th micro-batch then holds rows of about the same length.
+    On every process the k-th micro-batch then holds rows of about the same length. Completions decide, and prompts
+    between equal ones: completions differ by more.
     """
-    lengths = torch.cat([batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1) for batch in batches])  # (N,)
-    order = lengths.argsort(descending=True, stable=True)
+    completions = torch.cat([batch["completion_mask"].sum(1) for batch in batches])  # (N,)
+    prompts = torch.cat([batch["prompt_mask"].sum(1) for batch in batches])  # (N,)
+    order = (completions * (prompts.max() + 1) + prompts).argsort(descending=True, stable=True)
     sizes = [len(batch["prompt_mask"]) for batch in batches]
     ordered: list[Batch] = [{} for _ in batches]
     for key, value in batches[0].items():

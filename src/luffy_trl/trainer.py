@@ -346,7 +346,7 @@ class LuffyTrainer(GRPOTrainer):
 
     def _score_rollouts(self, forward, model, input_ids, attention_mask, logits_to_keep, batch_size):
         """Log-probs `(B, T)` of the rollouts, by rows of like length; 0 for demonstrations, which need none."""
-        lengths = attention_mask.sum(1)  # (B,)
+        lengths = attention_mask[:, -logits_to_keep:].sum(1)  # (B,)
         rows = [i for i, demonstration in enumerate(self._placed) if demonstration is None]
         rows.sort(key=lambda i: -int(lengths[i]))
         logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
