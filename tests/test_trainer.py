@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from luffy_trl import LuffyTrainer
@@ -435,6 +435,23 @@ def test_an_interrupted_step_leaves_no_demonstrations_for_evaluation(make_traine
     trainer.model.eval()
     trainer.evaluate(walks.select(range(2)))
     assert not set(seen) & set(walks["completion"])
+
+
+def test_training_can_be_taken_up_again_after_an_interrupt(make_trainer):
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0 and trainer._micro_batches_taken == 0:
+                trainer.compute_loss = interrupted
+
+    def interrupted(*args, **kwargs):
+        del trainer.compute_loss
+        raise KeyboardInterrupt
+
+    trainer = make_trainer(trainer_options={"callbacks": [Interrupt()]})
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert trainer.state.global_step == trainer.args.max_steps
 
 
 # Too long

@@ -294,8 +294,9 @@ class LuffyTrainer(GRPOTrainer):
         aligned = per_generation % per_step == 0 or per_step % per_generation == 0
         arranged = []
         if aligned or self.num_iterations == 1:
-            # the last step of an epoch can be shorter
-            left = self.current_gradient_accumulation_steps - self._micro_batches_taken
+            # the last step of an epoch can be shorter; one that was interrupted is counted from its start again
+            current = self.current_gradient_accumulation_steps
+            left = current - self._micro_batches_taken % current
             for step in optimizer_steps(per_generation, left, per_step):
                 rows = [batches[i] for i in step]
                 if self.args.skip_zero_advantages and not self.aux_loss_enabled:
