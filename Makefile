@@ -23,13 +23,19 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'luffy_trl needs Python 3.11 or newer: make PYTHON=/path/to/python3.11')"
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV), about a minute ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+# Tests also need DeepSpeed, bitsandbytes and PEFT, which talk when they are imported: not for the demo
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "Installing what tests and checks need, about half a minute ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/installed
 	$(BIN)/luffy-trl demo --seed $(SEED)
 
-test: $(VENV)/installed
+test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
 # vLLM's CPU build brings torchvision, torchaudio and torchcodec of another build of torch, which do not import
@@ -50,12 +56,12 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/update_phase.py --lengths equal --output benchmarks/results/update_phase_equal_lengths_cpu.json
 	$(BIN)/python benchmarks/generation.py --output benchmarks/results/generation_cpu.json
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/installed
+format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
