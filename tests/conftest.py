@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from luffy_trl import LuffyConfig, LuffyTrainer
 from luffy_trl.tasks.letter_walk import build_tokenizer, split_walks, to_dataset
 
+from .run_two_processes import letters_reward
+
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -68,11 +70,6 @@ def tiny_model_dir(tmp_path_factory, tokenizer) -> Path:
 def walks() -> Dataset:
     """16 letter walks, each with a demonstration."""
     return to_dataset(split_walks(train_size=16, test_size=1, length=4)["train"])
-
-
-def letters_reward(completions: list, **kwargs) -> list[float]:
-    """Between 0 and 1, different for most completions: the share of distinct characters."""
-    return [len(set(text)) / max(len(text), 1) for text in completions]
 
 
 MakeTrainer = Callable[..., LuffyTrainer]

@@ -5,15 +5,11 @@ answers with tokens of the prompt, so that every process can tell whether it got
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
-from run_two_processes import dataset, letters_reward
-from transformers import AutoTokenizer
+from run_two_processes import leave, make_trainer
 from trl.generation.vllm_generation import VLLMGeneration
-
-from luffy_trl import LuffyConfig, LuffyTrainer
 
 
 class Client:
@@ -31,19 +27,7 @@ class Client:
 
 
 def main(model_dir: str, output_dir: str) -> None:
-    args = LuffyConfig(
-        output_dir=output_dir, num_generations=4, per_device_train_batch_size=8, max_completion_length=16, max_steps=4,
-        logging_steps=1, shuffle_dataset=False, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
-        disable_tqdm=True,
-    )  # fmt: skip
-    trainer = LuffyTrainer(
-        model_dir,
-        letters_reward,
-        args,
-        # the first process has two demonstrations and the second none; both; the second two; none
-        train_dataset=dataset([True] * 2 + [False] * 2 + [True] * 4 + [False] * 2 + [True] * 2 + [False] * 4),
-        processing_class=AutoTokenizer.from_pretrained(model_dir),
-    )
+    trainer = make_trainer(model_dir, output_dir, rows=16)
     generation = VLLMGeneration.__new__(VLLMGeneration)  # without connecting to a server
     vars(generation).update(
         mode="server", accelerator=trainer.accelerator, vllm_client=Client(), sync_weights=lambda: None,
@@ -65,10 +49,7 @@ def main(model_dir: str, output_dir: str) -> None:
     trainer.train()
     record = {"own": own, "asked": generation.vllm_client.asked}
     Path(output_dir, f"process{trainer.accelerator.process_index}.json").write_text(json.dumps(record))
-    trainer.accelerator.wait_for_everyone()
-    sys.stdout.flush()
-    # All that is tested is done. On a busy machine gloo's threads, now and then, abort an interpreter that shuts down.
-    os._exit(0)
+    leave(trainer)
 
 
 if __name__ == "__main__":

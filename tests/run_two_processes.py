@@ -12,6 +12,7 @@ from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
 
 def letters_reward(completions: list, **kwargs) -> list[float]:
+    """Between 0 and 1, different for most completions: the share of distinct characters."""
     return [len(set(text)) / max(len(text), 1) for text in completions]
 
 
@@ -23,14 +24,12 @@ def dataset(guided: list[bool]) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def main(model_dir: str, output_dir: str, options: str) -> None:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    options = json.loads(options)
-    rows = options.pop("rows")
+def make_trainer(model_dir: str, output_dir: str, rows: int, **options) -> LuffyTrainer:
+    """A trainer on greedy rollouts, for `rows` rows a micro-batch over all processes together."""
     args = LuffyConfig(
         output_dir=output_dir,
         num_generations=4,
-        per_device_train_batch_size=rows // processes,
+        per_device_train_batch_size=rows // int(os.environ.get("WORLD_SIZE", "1")),
         max_completion_length=16,
         max_steps=4,
         learning_rate=1e-3,
@@ -44,7 +43,7 @@ def main(model_dir: str, output_dir: str, options: str) -> None:
         disable_tqdm=True,
         **options,
     )
-    trainer = LuffyTrainer(
+    return LuffyTrainer(
         model_dir,
         letters_reward,
         args,
@@ -52,14 +51,23 @@ def main(model_dir: str, output_dir: str, options: str) -> None:
         train_dataset=dataset([True] * 2 + [False] * 2 + [True] * 4 + [False] * 2 + [True] * 2 + [False] * 4),
         processing_class=AutoTokenizer.from_pretrained(model_dir),
     )
-    trainer.train()
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        print("LOG " + json.dumps(trainer.state.log_history[:-1]))
+
+
+def leave(trainer: LuffyTrainer) -> None:
+    """End the process once all of them are done."""
     trainer.accelerator.wait_for_everyone()
     sys.stdout.flush()
     # All that is tested is done. On a busy machine gloo's threads, now and then, abort an interpreter that shuts down.
     os._exit(0)
+
+
+def main(model_dir: str, output_dir: str, options: str) -> None:
+    trainer = make_trainer(model_dir, output_dir, **json.loads(options))
+    trainer.train()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        print("LOG " + json.dumps(trainer.state.log_history[:-1]))
+    leave(trainer)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from luffy_trl import LuffyTrainer
 from luffy_trl.shaping import SHAPINGS, get_shaping
 from luffy_trl.tasks.letter_walk import build_tokenizer
 
-from .conftest import letters_reward
+from .run_two_processes import letters_reward
 
 
 @pytest.mark.parametrize(

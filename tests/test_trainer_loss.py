@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
-from .conftest import letters_reward
+from .run_two_processes import letters_reward
 
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]

@@ -6,6 +6,7 @@ micro-batches of one optimizer step, never across it, so that rows of like lengt
 cut to its own longest row. Losses that are sums over the step's rows or tokens do not change.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,16 +51,7 @@ def order_by_length(batches: list[Batch]) -> list[Batch]:
     completions = torch.cat([batch["completion_mask"].sum(1) for batch in batches])  # (N,)
     prompts = torch.cat([batch["prompt_mask"].sum(1) for batch in batches])  # (N,)
     order = (completions * (prompts.max() + 1) + prompts).argsort(descending=True, stable=True)
-    sizes = [len(batch["prompt_mask"]) for batch in batches]
-    ordered: list[Batch] = [{} for _ in batches]
-    for key, value in batches[0].items():
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            parts = torch.cat([batch[key] for batch in batches])[order].split(sizes)
-        else:
-            parts = [batch[key] for batch in batches]  # one value for all rows
-        for batch, part in zip(ordered, parts, strict=True):
-            batch[key] = part
-    return ordered
+    return _deal(batches, order.split([len(batch["prompt_mask"]) for batch in batches]))
 
 
 def drop_zero_advantages(batches: list[Batch], rows_count: bool) -> list[Batch]:
@@ -77,20 +69,25 @@ def drop_zero_advantages(batches: list[Batch], rows_count: bool) -> list[Batch]:
     kept = (advantages != 0).nonzero().flatten()
     if len(kept) < len(batches):  # not enough for a row each: fill up with rows that add nothing
         kept = torch.cat([kept, (advantages == 0).nonzero().flatten()[: len(batches) - len(kept)]])
-    parts = kept.tensor_split(len(batches))
-    smaller: list[Batch] = [{} for _ in batches]
-    for key, value in batches[0].items():
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            rows = torch.cat([batch[key] for batch in batches])
-            for batch, part in zip(smaller, parts, strict=True):
-                batch[key] = rows[part]
-        else:
-            for batch, original in zip(smaller, batches, strict=True):
-                batch[key] = original[key]
+    smaller = _deal(batches, kept.tensor_split(len(batches)))
     if rows_count:
         for batch, original in zip(smaller, batches, strict=True):
             batch["advantages"] = batch["advantages"] * (len(batch["advantages"]) / len(original["advantages"]))
     return smaller
+
+
+def _deal(batches: list[Batch], rows: Sequence[torch.Tensor]) -> list[Batch]:
+    """Micro-batches of the given rows, which are counted through all `batches`; what is one value for all stays."""
+    dealt: list[Batch] = [{} for _ in batches]
+    for key, value in batches[0].items():
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            together = torch.cat([batch[key] for batch in batches])
+            parts = [together[indices] for indices in rows]
+        else:
+            parts = [batch[key] for batch in batches]
+        for batch, part in zip(dealt, parts, strict=True):
+            batch[key] = part
+    return dealt
 
 
 def trim(batch: Batch, multiple_of: int | None = None) -> Batch:
