@@ -3,6 +3,14 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+
+
+# name: (module, function of (argv, prog) there, what it does)
+COMMANDS = {
+    "train": ("luffy_trl.cli", "train", "train a model (the same as `accelerate launch train.py`, on one process)"),
+    "demo": ("luffy_trl.cli", "demo", "compare GRPO, LUFFY and SFT on the embedded task, on a CPU"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -11,20 +19,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="luffy-trl", description="LUFFY: reinforcement learning with demonstrations in the group, on TRL."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser(
-        "train", help="train a model (the same as `accelerate launch train.py`, on one process)", add_help=False
-    )
-    demo = commands.add_parser("demo", help="compare GRPO, LUFFY and SFT on the embedded task, on a CPU")
-    demo.add_argument("--seed", type=int, default=0, help="of the base, the data and the runs (default: 0)")
-    demo.add_argument("--steps", type=int, default=100, help="optimizer steps of each method (default: 100)")
-    demo.add_argument("--output_dir", default="outputs/demo", help="default: outputs/demo")
+    for name, (_, _, summary) in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    command = parser.parse_args(argv[:1]).command
+    module, function, _ = COMMANDS[command]
+    getattr(import_module(module), function)(argv[1:], f"luffy-trl {command}")
 
-    if argv[:1] == ["train"]:
-        train(argv[1:], prog="luffy-trl train")
-        return
+
+def demo(argv: Sequence[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(prog=prog, description="Compare GRPO, LUFFY and SFT on the embedded task.")
+    parser.add_argument("--seed", type=int, default=0, help="of the base, the data and the runs (default: 0)")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each method (default: 100)")
+    parser.add_argument("--output_dir", default="outputs/demo", help="default: outputs/demo")
     args = parser.parse_args(argv)
     if args.steps < 1:
-        demo.error(f"--steps {args.steps} must be 1 or more")
+        parser.error(f"--steps {args.steps} must be 1 or more")
     try:
         from .demo import run_demo
 

@@ -110,6 +110,11 @@ class LuffyTrainer(GRPOTrainer):
 
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
 
+        if args.skip_zero_advantages and self.aux_loss_enabled:
+            raise ValueError(
+                "skip_zero_advantages=True cannot be combined with the auxiliary loss of this mixture of experts, "
+                "which is over all rows. Set one of skip_zero_advantages and router_aux_loss_coef to False or 0."
+            )
         self._has_behavior_logps = False
         if self.num_demonstrations > 0:
             _check_eos(self._tokenizer)
@@ -299,7 +304,7 @@ class LuffyTrainer(GRPOTrainer):
             left = current - self._micro_batches_taken % current
             for step in optimizer_steps(per_generation, left, per_step):
                 rows = [batches[i] for i in step]
-                if self.args.skip_zero_advantages and not self.aux_loss_enabled:
+                if self.args.skip_zero_advantages:
                     rows = drop_zero_advantages(rows, rows_count=self.loss_type not in ("dapo", "cispo", "vespo"))
                 arranged += order_by_length(rows)
         else:  # later iterations cut the same micro-batches into other steps
@@ -576,6 +581,13 @@ def _check_options(arguments: dict[str, Any], args: LuffyConfig) -> None:
                 f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations}), "
                 "so no step would be taken. Add rows, or lower gradient_accumulation_steps or "
                 "per_device_train_batch_size."
+            )
+    if args.skip_zero_advantages and isinstance(train_dataset, Dataset | IterableDataset):
+        images = [column for column in _column_names(train_dataset) if column in ("image", "images")]
+        if images:
+            raise ValueError(
+                f"skip_zero_advantages=True cannot be combined with images, and `train_dataset` has a column "
+                f"{images[0]!r}: rows with images stay in their micro-batches. Set it to False."
             )
     if args.num_demonstrations == 0:
         return
