@@ -14,7 +14,7 @@ help:
 	@echo "make demo [SEED=0]  compare GRPO, LUFFY and SFT on the embedded task; results in outputs/demo"
 	@echo "make test           run the tests, fast ones first"
 	@echo "make test-vllm      train with a real vLLM, its CPU build, in an environment of its own"
-	@echo "make bench          the update phase against TRL's; results in benchmarks/results"
+	@echo "make bench          the update phase and whole steps against TRL's; results in benchmarks/results"
 	@echo "make lint           ruff and mypy"
 	@echo "make format         let ruff format and fix"
 	@echo "make clean          remove the virtual environment, caches and outputs"
@@ -54,6 +54,8 @@ test-vllm: $(VENV)-vllm/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/update_phase.py --output benchmarks/results/update_phase_cpu.json
 	$(BIN)/python benchmarks/update_phase.py --lengths equal --output benchmarks/results/update_phase_equal_lengths_cpu.json
+	$(BIN)/python benchmarks/update_phase.py --whole --output benchmarks/results/whole_step_cpu.json
+	$(BIN)/python benchmarks/update_phase.py --curve --prompts 8 --output benchmarks/results/update_phase_curve_cpu.json
 	$(BIN)/python benchmarks/generation.py --output benchmarks/results/generation_cpu.json
 
 lint: $(VENV)/installed-dev

@@ -1,4 +1,4 @@
-"""The update phase of LuffyTrainer against TRL's GRPOTrainer, on the very same groups.
+"""The update phase and whole steps of LuffyTrainer against TRL's GRPOTrainer, on the very same groups.
 
 Both trainers are fed recorded completions instead of sampling, demonstrations included: TRL by a minimal subclass
 that only injects them, LuffyTrainer by the same subclass under it. What is timed is everything after sampling:
@@ -8,7 +8,11 @@ Completion lengths follow the paper's: rollouts with a mean of 2,832 tokens, dem
 above 8,192. On a CPU all lengths are divided by 16, with a small model; on a GPU nothing is, in bf16, with a randomly
 initialised model of Qwen2.5-1.5B's size.
 
+With `--whole` both really sample as well, rows that end where the recorded rollouts do, and only then put the recorded
+completions in place: whole steps, on the very same groups. TRL's trainer samples every row of a group.
+
     python benchmarks/update_phase.py                      # the table
+    python benchmarks/update_phase.py --whole              # sampling and update phase together
     python benchmarks/update_phase.py --lengths equal      # all rows of one length: no padding to save
     python benchmarks/update_phase.py --curve              # cost against demonstrations, group size and length
 """
@@ -26,13 +30,14 @@ import tempfile
 import time
 from collections import defaultdict
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import datasets
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, logging
+from transformers import LogitsProcessor, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, logging
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import compute_flops_per_token, get_peak_flops
 
@@ -46,17 +51,43 @@ VOCABULARY = 1000
 
 
 class Replay(GRPOTrainer):
-    """GRPOTrainer that is given its completions: `recorded` maps a prompt to them, in order."""
+    """GRPOTrainer that is given its completions: `recorded` maps a prompt to them, in order.
+
+    With `sampled_lengths`, as many tokens are sampled for real before that.
+    """
 
     recorded: dict[tuple[int, ...], list[list[int]]]
+    sampled_lengths: dict[tuple[int, ...], list[int]] | None = None
+    sampling_seconds = 0.0
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        taken: dict[tuple[int, ...], int] = defaultdict(int)
-        completion_ids = []
+        nth: dict[tuple[int, ...], int] = defaultdict(int)
+        rows = []
         for ids in map(tuple, prompt_ids):
-            completion_ids.append(self.recorded[ids][taken[ids]])
-            taken[ids] += 1
-        return completion_ids, None
+            rows.append((ids, nth[ids]))
+            nth[ids] += 1
+        if self.sampled_lengths is not None:
+            synchronize(self)
+            start = time.perf_counter()
+            lengths = [self.sampled_lengths[ids][k] for ids, k in rows]
+            end_at = EndAt(torch.tensor(lengths), longest_prompt=max(map(len, prompt_ids)))
+            self.model.generate = partial(type(self.model).generate, self.model, logits_processor=[end_at])
+            super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            synchronize(self)
+            self.sampling_seconds += time.perf_counter() - start
+        return [self.recorded[ids][k] for ids, k in rows], None
+
+
+class EndAt(LogitsProcessor):
+    """EOS exactly as the last of each row's `lengths` (B,) tokens."""
+
+    def __init__(self, lengths: torch.Tensor, longest_prompt: int):
+        self.lengths, self.longest_prompt = lengths, longest_prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        ends = (self.lengths.to(scores.device) <= input_ids.size(1) - self.longest_prompt + 1).unsqueeze(1)  # (B, 1)
+        is_eos = torch.arange(scores.size(1), device=scores.device) == 0  # (V,)
+        return scores.masked_fill(is_eos != ends, -torch.inf)
 
 
 class LuffyReplay(LuffyTrainer, Replay):
@@ -70,10 +101,10 @@ def length(rng: random.Random, mean: float, longest: int) -> int:
 
 def make_groups(args: argparse.Namespace) -> list[dict]:
     """Prompts with their rollouts and demonstrations, as token ids. EOS is 0; rewards are in the first token."""
-    rng = random.Random(args.seed)
+    rng, rng_of_more = random.Random(args.seed), random.Random(args.seed + 1)
     longest = LONGEST // args.divide
 
-    def completion(mean: float) -> list[int]:
+    def completion(mean: float, rng: random.Random = rng) -> list[int]:
         n = longest // 2 if args.lengths == "equal" else length(rng, mean / args.divide, longest)
         return [rng.randrange(2, VOCABULARY) for _ in range(n - 1)] + [0]
 
@@ -82,6 +113,8 @@ def make_groups(args: argparse.Namespace) -> list[dict]:
             "prompt": [2 + i] + [rng.randrange(2, VOCABULARY) for _ in range(length(rng, 160 / args.divide, 64) + 3)],
             "rollouts": [completion(ROLLOUT_MEAN) for _ in range(args.group_size - args.demonstrations)],
             "demonstrations": [completion(DEMONSTRATION_MEAN) for _ in range(args.demonstrations)],
+            # of the rollouts that TRL samples where LUFFY has demonstrations
+            "more_lengths": [len(completion(ROLLOUT_MEAN, rng_of_more)) for _ in range(args.demonstrations)],
         }
         for i in range(args.prompts)
     ]
@@ -151,6 +184,8 @@ def make_trainer(name: str, groups: list[dict], args: argparse.Namespace, direct
         trainer = LuffyReplay(model, reward, config, train_dataset=dataset, processing_class=tokenizer)
         recorded = [g["rollouts"] for g in groups]
     trainer.recorded = {tuple(g["prompt"]): r for g, r in zip(groups, recorded, strict=True)}
+    if args.whole:
+        trainer.sampled_lengths = {tuple(g["prompt"]): [*map(len, g["rollouts"]), *g["more_lengths"]] for g in groups}
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     trainer.create_optimizer()
     trainer.model.train()
@@ -171,7 +206,7 @@ class TokenCount:
 
 
 def one_step(trainer: GRPOTrainer) -> float:
-    """Seconds of one optimizer step, its generation replayed."""
+    """Seconds of one optimizer step, from the prompts to the updated weights."""
     rows = [row for row in trainer.train_dataset for _ in range(trainer.num_generations)]
     synchronize(trainer)
     start = time.perf_counter()
@@ -195,22 +230,25 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as directory:
         trainers = {name: make_trainer(name, groups, args, directory) for name in ("TRL", "LUFFY")}
         counts = {}
-        seconds = defaultdict(list)
+        seconds, sampling = defaultdict(list), defaultdict(list)
         for run in range(args.runs + 1):
             for name, trainer in trainers.items():
                 if run == 1:  # the first is a warm-up
                     counts[name] = TokenCount(trainer.model)
+                sampled_before = trainer.sampling_seconds
                 took = one_step(trainer)
                 if run > 0:
                     seconds[name].append(took)
+                    sampling[name].append(trainer.sampling_seconds - sampled_before)
     results = {}
     for name, trainer in trainers.items():
-        real, everything = counts[name].real / args.runs, counts[name].all / args.runs
         median = statistics.median(seconds[name])
-        results[name] = {
-            "seconds": median,
-            "seconds_min": min(seconds[name]),
-            "seconds_max": max(seconds[name]),
+        results[name] = {"seconds": median, "seconds_min": min(seconds[name]), "seconds_max": max(seconds[name])}
+        if args.whole:  # the count of tokens would be of sampling, too
+            results[name]["sampling_seconds"] = statistics.median(sampling[name])
+            continue
+        real, everything = counts[name].real / args.runs, counts[name].all / args.runs
+        results[name] |= {
             "real_tokens": real,
             "tokens": everything,
             "padding": 1 - real / everything,
@@ -239,6 +277,16 @@ def run_only(args: argparse.Namespace) -> None:
         print(torch.cuda.max_memory_allocated() / 2**20)
     else:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+def print_whole_steps(results: dict[str, dict[str, float]]) -> None:
+    rows = [
+        [name, f"{r['seconds']:.2f}", f"{r['seconds_min']:.2f}-{r['seconds_max']:.2f}", f"{r['sampling_seconds']:.2f}"]
+        for name, r in results.items()
+    ]
+    print(text_table(["whole step", "s/step", "min-max", "of which sampling"], rows))
+    ratio = results["LUFFY"]["sampling_seconds"] / results["TRL"]["sampling_seconds"]
+    print(f"speed-up {results['TRL']['seconds'] / results['LUFFY']['seconds']:.2f}x; sampling takes {ratio:.2f}")
 
 
 def print_table(results: dict[str, dict[str, float]]) -> None:
@@ -286,6 +334,7 @@ def main() -> None:
     parser.add_argument("--divide", type=int, default=1 if on_gpu else 16, help="of lengths (default: 16 on a CPU)")
     parser.add_argument("--attention", default="flash_attention_2" if on_gpu else "sdpa")
     parser.add_argument("--forward", choices=["auto", "packed", "padded"], default="auto", help="LUFFY's")
+    parser.add_argument("--whole", action="store_true", help="whole steps: sample as well")
     parser.add_argument("--curve", action="store_true", help="vary demonstrations, group size and length")
     parser.add_argument("--output", type=Path, help="write the results there, as JSON")
     parser.add_argument("--seed", type=int, default=0)
@@ -300,6 +349,9 @@ def main() -> None:
 
     if args.curve:
         results = curve(args)
+    elif args.whole:
+        results = compare(args)
+        print_whole_steps(results)
     else:
         # First, while this process is small: a new process's peak begins with its parent's
         memory = {name: peak_memory(name) for name in ("TRL", "LUFFY")}

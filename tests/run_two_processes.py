@@ -11,9 +11,21 @@ from luffy_trl import LuffyConfig, LuffyTrainer
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
 
+LONGEST_DEMONSTRATION = 10  # letters; greedy rollouts of the untrained model are longer
+
+
 def letters_reward(completions: list, **kwargs) -> list[float]:
     """Between 0 and 1, different for most completions: the share of distinct characters."""
     return [len(set(text)) / max(len(text), 1) for text in completions]
+
+
+def now_and_then(prompts: list, completions: list, **kwargs) -> list[float | None]:
+    """`letters_reward`, but for the rollouts of about every other prompt, to which it does not apply."""
+    rewards = letters_reward(completions)
+    return [
+        None if sum(map(ord, prompt)) % 2 and len(completion) > LONGEST_DEMONSTRATION else reward
+        for prompt, completion, reward in zip(prompts, completions, rewards, strict=True)
+    ]
 
 
 def dataset(guided: list[bool]) -> Dataset:
@@ -24,7 +36,7 @@ def dataset(guided: list[bool]) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def make_trainer(model_dir: str, output_dir: str, rows: int, **options) -> LuffyTrainer:
+def make_trainer(model_dir: str, output_dir: str, rows: int, reward=letters_reward, **options) -> LuffyTrainer:
     """A trainer on greedy rollouts, for `rows` rows a micro-batch over all processes together."""
     args = LuffyConfig(
         output_dir=output_dir,
@@ -45,7 +57,7 @@ def make_trainer(model_dir: str, output_dir: str, rows: int, **options) -> Luffy
     )
     return LuffyTrainer(
         model_dir,
-        letters_reward,
+        reward,
         args,
         # demonstrations on the first process only, on both, on the second only, on none
         train_dataset=dataset([True] * 2 + [False] * 2 + [True] * 4 + [False] * 2 + [True] * 2 + [False] * 4),
@@ -62,7 +74,7 @@ def leave(trainer: LuffyTrainer) -> None:
 
 
 def main(model_dir: str, output_dir: str, options: str) -> None:
-    trainer = make_trainer(model_dir, output_dir, **json.loads(options))
+    trainer = make_trainer(model_dir, output_dir, reward=now_and_then, **json.loads(options))
     trainer.train()
     trainer.save_model()
     if trainer.is_world_process_zero():

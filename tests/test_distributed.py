@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "accelerate_configs"
 
 OPTIONS = {
-    "one micro-batch": {"rows": 16},
+    # a baseline that asks which rows this process's are, among rewards of which some are missing
+    "one micro-batch": {"rows": 16, "advantage_baseline": "on_policy"},
     # micro-batches of two rows: most hold no demonstration, and each process has its own mix
     "micro-batches of two rows": {"rows": 4, "gradient_accumulation_steps": 4, "loss_type": "dapo", "beta": 0.1},
 }

@@ -2,6 +2,7 @@
 
 import pytest
 from datasets import Dataset, IterableDataset
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from luffy_trl import LuffyTrainer
 from luffy_trl.shaping import SHAPINGS, get_shaping
@@ -113,6 +114,21 @@ def test_options_that_cannot_know_a_demonstration(make_trainer, option):
     value = [function] if option == "tools" else function
     with pytest.raises(ValueError, match=f"`{option}` cannot be combined with demonstrations"):
         make_trainer(trainer_options={option: value})
+
+
+def test_rows_with_images_cannot_be_skipped(make_trainer, walks):
+    rows = walks.add_column("image", [None] * len(walks))
+    with pytest.raises(ValueError, match="skip_zero_advantages=True cannot be combined with images"):
+        make_trainer(rows, num_demonstrations=0, trim_padding=True, skip_zero_advantages=True)
+
+
+def test_rows_in_a_mixture_of_experts_cannot_be_skipped(config, walks, tokenizer):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "router_aux_loss_coef": 0.01}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(tokenizer), head_dim=8, **shape, **experts))
+    args = config(skip_zero_advantages=True)
+    with pytest.raises(ValueError, match="skip_zero_advantages=True cannot be combined with the auxiliary loss"):
+        LuffyTrainer(model, letters_reward, args, train_dataset=walks, processing_class=tokenizer)
 
 
 @pytest.mark.parametrize("from_directory", [False, True])

@@ -406,6 +406,23 @@ def test_eight_micro_batches_of_one_are_one_of_eight(make_trainer, walks):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_an_evaluation_between_two_logs_takes_nothing_from_them(make_trainer, walks):
+    options = {"generation_kwargs": {"do_sample": False}, "logging_steps": 2}
+    plain = make_trainer(**options)
+    evaluated = make_trainer(
+        eval_strategy="steps", eval_steps=1, trainer_options={"eval_dataset": walks.select(range(4))}, **options
+    )
+    for trainer in (plain, evaluated):
+        trainer.train()
+    evaluations = [line for line in evaluated.state.log_history if "eval_loss" in line]
+    assert len(evaluations) == 2
+    assert not any("on_policy/" in key for line in evaluations for key in line)
+    [expected] = [line for line in plain.state.log_history if "loss" in line]
+    [line] = [line for line in evaluated.state.log_history if "loss" in line]
+    for key in ("on_policy/length", "on_policy/entropy", "off_policy/prob", "off_policy/loss", "groups/guided"):
+        assert line[key] == pytest.approx(expected[key], rel=1e-5), key
+
+
 def test_a_run_stopped_and_resumed_is_one_never_stopped(make_trainer, walks):
     several = with_demonstrations(walks, [["a#a", "b#b", "c#c"]] * 16)  # so that the choice is random
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
