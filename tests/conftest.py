@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from luffy_trl import LuffyConfig, LuffyTrainer
 from luffy_trl.tasks.letter_walk import build_tokenizer, split_walks, to_dataset
@@ -63,6 +64,38 @@ def tiny_model_dir(tmp_path_factory, tokenizer) -> Path:
     )
     Qwen2ForCausalLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> PreTrainedTokenizerBase:
+    """Any text, byte by byte, with ChatML's tokens for turns; EOS is `<|endoftext|>`, as in Qwen's base models."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token=special[0], pad_token=special[0])
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def chat_model_dir(tmp_path_factory, chat_tokenizer) -> Path:
+    """A randomly initialised Qwen2 that reads any text, without a chat template."""
+    directory = tmp_path_factory.mktemp("chat-model")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(chat_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=chat_tokenizer.eos_token_id,
+        pad_token_id=chat_tokenizer.pad_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(directory)
+    chat_tokenizer.save_pretrained(directory)
     return directory
 
 

@@ -164,17 +164,9 @@ class DemonstrationEncoder:
             return []
         texts = [(where, demonstration_text(value, where)) for where, value in named]
         if any("<think>" in text for _, text in texts):
-            prompt = self._render(batch["prompt"][i])
+            prompt = rendered_prompt(self.processing_class, batch["prompt"][i], self.chat_template_kwargs)
             texts = [(where, without_repeated_opening(prompt, text)) for where, text in texts]
         return texts
-
-    def _render(self, prompt: str | list[dict[str, Any]]) -> str:
-        """A prompt as it stands in front of the policy."""
-        if isinstance(prompt, str):
-            return prompt
-        return self.processing_class.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
-        )
 
     def _end(self, ids: list[int], where: str) -> list[int]:
         if not ids or ids[-1] not in self.eos_token_ids:
@@ -246,6 +238,19 @@ def demonstration_text(value: Any, where: str) -> str:
     if not value.strip():
         raise ValueError(f"{where} is empty. Give it a text, or None where the prompt has no demonstration.")
     return value
+
+
+def rendered_prompt(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    prompt: str | list[dict[str, Any]],
+    chat_template_kwargs: dict[str, Any],
+) -> str:
+    """A prompt as it stands in front of the policy."""
+    if isinstance(prompt, str):
+        return prompt
+    return processing_class.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=False, **chat_template_kwargs
+    )
 
 
 def without_repeated_opening(prompt: str, text: str) -> str:

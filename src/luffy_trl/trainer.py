@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
+from .agreement import disagreements
 from .batching import drop_zero_advantages, optimizer_steps, order_by_length, pack, trim, unpack
 from .config import LuffyConfig
 from .demonstrations import (
@@ -42,6 +43,9 @@ LEAST_LOGP = -1e4
 
 # Rows tokenized together: 100 long traces are some 10 MB of tokens
 ENCODED_AT_ONCE = 100
+
+# Rows whose prompts and demonstrations are compared before training
+LOOKED_AT = 100
 
 # A rollout with this reward counts as solved in `groups/*`, as in the paper's released code
 SOLVED_REWARD = 1.0
@@ -119,7 +123,13 @@ class LuffyTrainer(GRPOTrainer):
         if self.num_demonstrations > 0:
             _check_eos(self._tokenizer)
             self._has_behavior_logps = "completion_logps" in _column_names(self.train_dataset)
-            self.train_dataset = self._encode_demonstrations(self.train_dataset)
+            source = self.train_dataset
+            self.train_dataset = self._encode_demonstrations(source)  # checks the rows
+            looked_at = source.take(LOOKED_AT)
+            for message in disagreements(
+                self.processing_class, self.eos_token_ids, looked_at, self.chat_template_kwargs
+            ):
+                logger.warning(message)
         # Demonstration of each row of the training batch being generated, None where the policy samples
         self._placed: list[Demonstration | None] = []
         self._packs = self._packing_is_on()
@@ -504,6 +514,13 @@ class LuffyTrainer(GRPOTrainer):
             scored = rewards[rows & ~rewards.isnan()]
             if scored.numel() > 0:
                 metrics[name].append(scored.mean().item())
+        graded = rewards[is_demonstration & ~rewards.isnan()]
+        if self.state.global_step == 0 and graded.numel() > 0 and (graded <= 0).all():
+            logger.warning_once(
+                "No demonstration of the first generation earned a reward, so nothing is learned from them. Most "
+                "often the reward looks for something that they do not have (such as '</think>' or \\boxed{}), or "
+                "`solution` is not their answer: grade one by hand."
+            )
         by_group = is_demonstration.view(-1, self.num_generations)  # (groups, G)
         solved = (rewards >= SOLVED_REWARD).view_as(by_group)
         metrics["groups/solve_none"].append((~(solved & ~by_group).any(1)).float().mean().item())
