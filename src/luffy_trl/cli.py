@@ -14,6 +14,10 @@ COMMANDS = {
 }
 
 
+# What a shell reports for a process that Ctrl-C ended
+INTERRUPTED_STATUS = 130
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
@@ -50,7 +54,8 @@ def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     try:
         _train(argv, prog)
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted. Checkpoints, if any were due, are in the output directory.")
+        print("\nInterrupted before the training began.", file=sys.stderr)
+        sys.exit(INTERRUPTED_STATUS)
 
 
 def _train(argv: list[str], prog: str) -> None:
@@ -58,7 +63,8 @@ def _train(argv: list[str], prog: str) -> None:
     from trl import ModelConfig, TrlParser
 
     from .config import LuffyConfig
-    from .training import LuffyScriptArguments, check_arguments, run
+    from .stopping import RunStopped, exit_stopped
+    from .training import LuffyScriptArguments, check_arguments, check_output_dir, run
 
     parser = TrlParser(
         (LuffyScriptArguments, LuffyConfig, ModelConfig),
@@ -77,10 +83,14 @@ def _train(argv: list[str], prog: str) -> None:
     try:
         script_args, training_args, model_args = parser.parse_args_and_config(argv)
         check_arguments(script_args, model_args)
+        check_output_dir(training_args.output_dir)
     except (ValueError, OSError, yaml.YAMLError) as error:
         hint = " Without a GPU, add --use_cpu --bf16 False." if "use_cpu" in str(error) else ""
         parser.error(f"{error}{hint}")
-    trainer = run(script_args, training_args, model_args)
+    try:
+        trainer = run(script_args, training_args, model_args)
+    except RunStopped as stopped:
+        exit_stopped(stopped)
     trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
     trainer.accelerator.end_training()
 

@@ -3,8 +3,11 @@
 import inspect
 import math
 import os
+import shutil
 import textwrap
+from collections.abc import Callable
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +16,14 @@ from accelerate.utils import gather_object
 from datasets import Dataset, Features, IterableDataset, List, Value
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 
 from .agreement import disagreements
 from .batching import drop_zero_advantages, optimizer_steps, order_by_length, pack, trim, unpack
+from .checked_rewards import checked
+from .checkpoints import NEWEST, UNFINISHED, find_checkpoint, publish
 from .config import LuffyConfig
 from .demonstrations import (
     DROPPED_COLUMN,
@@ -64,7 +71,8 @@ class LuffyTrainer(GRPOTrainer):
     - `_get_per_token_logps_and_entropies`: packs the forward pass, leaves demonstrations out where nobody needs them,
       and keeps the last result for the off-policy term;
     - `_compute_loss`: shows TRL the rollouts' tokens alone and adds the off-policy term;
-    - `log`: adds `on_policy/*`, `off_policy/*` and `groups/*`.
+    - `log`: adds `on_policy/*`, `off_policy/*` and `groups/*`;
+    - `train`, `_save_checkpoint`: checkpoints that are whole or not there, and the newest of them to resume from.
 
     Takes the arguments of `GRPOTrainer`, with `args` a [`LuffyConfig`]. The data contract of `train_dataset` is in
     `luffy_trl.demonstrations`. Evaluation has no demonstrations.
@@ -96,6 +104,7 @@ class LuffyTrainer(GRPOTrainer):
     )
 
     args: LuffyConfig
+    reward_funcs: list[Callable]
     train_dataset: Dataset | IterableDataset
     _buffered_inputs: list[dict[str, Any]] | None
     # Kept from the overridden methods of the same call
@@ -119,6 +128,11 @@ class LuffyTrainer(GRPOTrainer):
                 "skip_zero_advantages=True cannot be combined with the auxiliary loss of this mixture of experts, "
                 "which is over all rows. Set one of skip_zero_advantages and router_aux_loss_coef to False or 0."
             )
+        self.reward_funcs = [
+            function if isinstance(function, torch.nn.Module) else checked(function, name)
+            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
+        self._saving_checkpoint = False
         self._has_behavior_logps = False
         if self.num_demonstrations > 0:
             _check_eos(self._tokenizer)
@@ -137,6 +151,60 @@ class LuffyTrainer(GRPOTrainer):
         self._step_under_way, self._micro_batches_taken = -1, 0
         # Metrics that are means over tokens or rows: name -> [sum, count] since the last log
         self._sums: dict[str, tuple[float, float]] = {}
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As TRL's, and with `resume_from_checkpoint="auto"` from the newest complete checkpoint, if there is one."""
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            self.accelerator.print(f"Resuming from {checkpoint}")
+        elif resume_from_checkpoint in NEWEST:
+            self.accelerator.print(f"{self.args.output_dir} has no complete checkpoint: starting anew")
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unfinished, final = run_dir / UNFINISHED / name, run_dir / name
+        if self.is_local_process_zero():
+            shutil.rmtree(unfinished.parent, ignore_errors=True)  # what a killed run has left
+        self.accelerator.wait_for_everyone()
+        self._saving_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            error.add_note(f"Raised while {name} was saved. Earlier checkpoints are as they were.")
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
+            raise
+        finally:
+            self._saving_checkpoint = False
+        if Path(self.state.best_model_checkpoint or "") == unfinished:
+            self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            publish(unfinished, final)
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero() and unfinished.exists():  # another machine with a disk of its own
+            publish(unfinished, final)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _get_output_dir(self, trial):
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, UNFINISHED) if self._saving_checkpoint else run_dir
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self._saving_checkpoint:  # only under its final name
+            super()._push_from_checkpoint(checkpoint_folder)
 
     # Data
 

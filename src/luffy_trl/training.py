@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import datasets
 from accelerate import PartialState
@@ -13,6 +14,7 @@ from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format
 
 from .config import LuffyConfig
 from .imports import import_function
+from .stopping import RunStopped, StopAtStep
 from .tasks.letter_walk import letter_walk_reward, split_walks, to_dataset
 from .tasks.letter_walk_base import load_or_pretrain
 from .trainer import LuffyTrainer
@@ -68,13 +70,27 @@ def check_arguments(script_args: LuffyScriptArguments, model_args: ModelConfig) 
     load_reward_funcs(script_args.reward_funcs, dataset_name or EMBEDDED_TASK)
 
 
+def check_output_dir(output_dir: str) -> None:
+    """Raises ValueError if nothing can be written there: better now than at the first checkpoint."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output_dir) as file:
+            file.write(b"0" * 4096)
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir} cannot be written to: {error}") from error
+
+
 def run(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig) -> LuffyTrainer:
     """Train, save the model, its tokenizer and its card to `output_dir`, and push them if asked to.
 
+    SIGTERM and SIGINT save a checkpoint at the end of the optimizer step and stop.
+
     Raises:
         ValueError: for arguments or data that do not go together, before any training step.
+        RunStopped: after a signal, when the checkpoint is saved.
     """
     check_arguments(script_args, model_args)
+    check_output_dir(training_args.output_dir)
     dataset_name = script_args.dataset_name or EMBEDDED_TASK
     reward_funcs = load_reward_funcs(script_args.reward_funcs, dataset_name)
     dataset = load_splits(dataset_name, script_args, seed=training_args.seed)
@@ -103,7 +119,11 @@ def run(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_arg
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    with StopAtStep() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if stop.received:
+        raise RunStopped(stop.received, f"checkpoint-{trainer.state.global_step}")
 
     trainer.save_model(training_args.output_dir)
     # Only a dataset of the Hub can be linked to
