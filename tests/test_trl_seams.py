@@ -1,14 +1,18 @@
 """The parts of TRL that the trainer overrides or reads: a change in any of them should fail here, by name."""
 
 import inspect
+import socket
 import subprocess
 import sys
 
 import pytest
+import requests
 from trl import GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
 
 from luffy_trl import SUPPORTED_TRL, LuffyTrainer
 from luffy_trl.objective import LOSS_TYPES
+from luffy_trl.trainer import bound_waiting
 
 
 SIGNATURES = {
@@ -78,6 +82,7 @@ def test_only_the_seams_are_overridden():
     assert overridden == {
         "__init__", "_generate_and_score_completions", "_generate_single_turn", "_calculate_rewards",
         "_get_per_token_logps_and_entropies", "_compute_loss", "_prepare_inputs", "log",
+        "train", "_save_checkpoint", "_get_output_dir", "_push_from_checkpoint",
     }  # fmt: skip
 
 
@@ -94,3 +99,14 @@ def test_another_trl_is_refused_in_one_sentence(version):
     last_line = run.stderr.strip().splitlines()[-1]
     assert last_line.startswith("ImportError: luffy_trl")
     assert f"works with trl {SUPPORTED_TRL}, but trl {version} is installed" in last_line
+
+
+def test_a_server_that_never_answers_is_given_up():
+    assert "self.session = requests.Session()" in inspect.getsource(VLLMClient.__init__)
+    session = requests.Session()
+    bound_waiting(session, 0.2)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,  # takes connections, says nothing
+        pytest.raises(requests.exceptions.ReadTimeout, match=r"127\.0\.0\.1"),
+    ):
+        session.post(f"http://127.0.0.1:{server.getsockname()[1]}/generate", json={})

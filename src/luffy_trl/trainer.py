@@ -6,9 +6,10 @@ import os
 import shutil
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
@@ -39,6 +40,9 @@ from .demonstrations import (
 )
 from .objective import off_policy_loss, token_denominator
 
+
+if TYPE_CHECKING:
+    import requests
 
 logger = get_logger(__name__)
 
@@ -132,6 +136,8 @@ class LuffyTrainer(GRPOTrainer):
             function if isinstance(function, torch.nn.Module) else checked(function, name)
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
+        if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
+            bound_waiting(self.vllm_generation.vllm_client.session, args.ddp_timeout)
         self._saving_checkpoint = False
         self._has_behavior_logps = False
         if self.num_demonstrations > 0:
@@ -634,6 +640,11 @@ class LuffyTrainer(GRPOTrainer):
             for name in [name for name, values in metrics.items() if all(math.isnan(value) for value in values)]:
                 del metrics[name]  # TRL would log None: a step without rollouts of its kind
         super().log(logs, start_time)
+
+
+def bound_waiting(session: "requests.Session", seconds: float) -> None:
+    """Let every request of the session fail that gets no answer for so long, as collectives do. TRL's client waits."""
+    session.request = partial(session.request, timeout=seconds)  # type: ignore[method-assign]
 
 
 def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
