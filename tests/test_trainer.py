@@ -136,6 +136,55 @@ def test_advantages_are_over_the_whole_group(make_trainer, walks):
     assert advantages.tolist() == [-0.25, -0.25, -0.25, 0.75, 0.25, -0.75, 0.25, 0.25]
 
 
+def test_a_prefix_is_given_and_the_policy_continues_it(make_trainer, walks):
+    trainer = make_trainer(prefix_max=0.5)
+    output = generate_batch(trainer, trainer.train_dataset.select(range(2)))
+    demonstrations = [trainer.processing_class(text + "<eos>")["input_ids"] for text in walks["completion"]]
+    for row in range(8):
+        given = demonstrations[row // 4][: len(demonstrations[row // 4]) // 2] if row % 4 == 3 else []
+        mask = output["off_policy_mask"][row]
+        assert output["completion_ids"][row][mask].tolist() == given
+        assert mask[: len(given)].all()
+        assert len(given) < output["completion_mask"][row].sum() <= trainer.max_completion_length
+
+
+def test_one_ratio_for_a_group_or_one_for_each(make_trainer, walks):
+    several = with_demonstrations(walks, [["a;b;c;d;e;f#g", "b;c;d;e;f;g#h"]] * 8)
+
+    def given(**options) -> list[tuple[int, int]]:
+        trainer = make_trainer(several, num_demonstrations=2, prefix_strategy="uniform", prefix_min=0.1, **options)
+        lengths = generate_batch(trainer)["off_policy_mask"].sum(1).view(-1, 4)[:, 2:]
+        return [tuple(pair) for pair in lengths.tolist()]
+
+    assert all(a == b for a, b in given(prefix_shared=True))
+    assert len(set(given(prefix_shared=True))) > 1
+    assert any(a != b for a, b in given(prefix_shared=False))
+
+
+def test_a_ratio_of_one_is_the_whole_demonstration(make_trainer):
+    plain = make_trainer(max_steps=3)
+    plain.train()
+    whole = make_trainer(max_steps=3, prefix_strategy="linear", prefix_min=1.0)  # seeds anew
+    whole.train()
+    for ours, theirs in zip(whole.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_closed_gate_is_on_policy_training(make_trainer, walks):
+    """All rollouts solved: demonstrations are there, and change nothing."""
+
+    def solved(completions, **kwargs):
+        return [2.0 + reward for reward in letters_reward(completions)]
+
+    closed = make_trainer(reward=solved, success_gate=0.5, max_steps=1)
+    closed.train()
+    [line] = [line for line in closed.state.log_history if "loss" in line]
+    assert line["groups/guided"] == 1.0
+    assert line["groups/gate_open"] == 0.0
+    assert line["off_policy/loss"] == 0.0
+    assert line["off_policy/token_fraction"] > 0
+
+
 @pytest.mark.parametrize("scale_rewards", ["none", "group"])
 def test_on_policy_baseline_is_the_rollouts_mean(make_trainer, walks, scale_rewards):
     rewards = [0.0, 0.5, 0.25, 1.0, 1.0, None, 0.0, 1.0]  # the last of each four is the demonstration

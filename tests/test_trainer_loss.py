@@ -20,9 +20,10 @@ SAPO_TAU = {True: 1.0, False: 1.05}  # GRPOConfig's defaults
 VESPO = {True: (2.0, 3.0), False: (3.0, 2.0)}  # (k, lambda), GRPOConfig's defaults
 
 
-def whole_batch(trainer, model, rows):
+def whole_batch(trainer, model, rows, ratio=1.0, baseline="group", gate=1.0, reward=None):
     """The plain facts of a generation batch, computed anew: a list of dicts, one per row, by position in the batch."""
     tokenizer = trainer.processing_class
+    reward = reward or (lambda prompts, completions: letters_reward(completions))
     demonstrations = {row["prompt"]: row["completion"] for row in rows}
     facts = []
     for batch in trainer._buffered_inputs:
@@ -32,19 +33,26 @@ def whole_batch(trainer, model, rows):
             prompt_ids, completion_ids = prompt[p_mask.bool()], completion[c_mask.bool()]
             text = tokenizer.decode(completion_ids, skip_special_tokens=True)
             prompt_text = tokenizer.decode(prompt_ids)
+            demonstration = tokenizer(demonstrations[prompt_text] + tokenizer.eos_token)["input_ids"]
+            prefix = demonstration[: int(ratio * len(demonstration))]
+            off_policy = completion_ids[: len(prefix)].tolist() == prefix
             facts.append(
                 {
                     "prompt": prompt_text,
                     "prompt_ids": prompt_ids,
                     "ids": completion_ids,
-                    "reward": letters_reward([text])[0],
-                    "off_policy": text == demonstrations[prompt_text],
+                    "reward": reward([prompt_text], [text])[0],
+                    "off_policy": off_policy,
+                    "given": len(prefix) if off_policy else 0,
                 }
             )
     for fact in facts:
-        group = [other["reward"] for other in facts if other["prompt"] == fact["prompt"]]
+        group = [other for other in facts if other["prompt"] == fact["prompt"]]
         assert len(group) == GROUP
-        fact["advantage"] = fact["reward"] - sum(group) / GROUP
+        rollouts = [other["reward"] for other in group if not other["off_policy"]]
+        fact["counts"] = sum(reward >= 1 for reward in rollouts) / len(rollouts) <= gate
+        rewards = [other["reward"] for other in group] if baseline == "group" and fact["counts"] else rollouts
+        fact["advantage"] = fact["reward"] - sum(rewards) / len(rewards)
     return facts
 
 
@@ -74,13 +82,24 @@ def regularized(r):
     return r / (r + GAMMA)
 
 
-def objective(model, ref_model, facts, old_logps, loss_type, beta, entropy_coef, micro_batches, f, weight):
+def importance_sampling(f):
+    return lambda logps, advantage: -advantage * f(logps.exp())
+
+
+def sft(logps, advantage):
+    return -logps
+
+
+REGULARIZED = importance_sampling(regularized)
+
+
+def objective(model, ref_model, facts, old_logps, loss_type, beta, entropy_coef, micro_batches, term, weight):
     """Loss of the first micro-batch of an optimizer step that has no other."""
     rows = len(facts) // micro_batches
     tokens_in_batch = sum(len(fact["ids"]) for fact in facts)
     batch = facts[:rows]
     batch_tokens = sum(len(fact["ids"]) for fact in batch)
-    on_tokens = sum(len(fact["ids"]) for fact in batch if not fact["off_policy"])
+    on_tokens = sum(len(fact["ids"]) - fact["given"] for fact in batch)
 
     loss, kl_of_bnpo, entropy = 0.0, 0.0, 0.0
     for fact, old in zip(batch, old_logps, strict=False):
@@ -96,19 +115,24 @@ def objective(model, ref_model, facts, old_logps, loss_type, beta, entropy_coef,
             "vespo": tokens_in_batch / micro_batches,
             "luspo": rows,
         }[loss_type]
-        if fact["off_policy"]:
-            loss = loss - weight * (fact["advantage"] * f(logps.exp())).sum() / denominator
+        given = fact["given"]
+        if fact["counts"]:
+            loss = loss + weight * term(logps[:given], fact["advantage"]).sum() / denominator
+        if given == length:
             continue
+        logps, old, entropies = logps[given:], old[given:], entropies[given:]
         ratio = (logps - old).exp()
         loss = loss + on_policy_token_losses(loss_type, ratio, fact["advantage"], logps).sum() / denominator
         if beta:
-            ref = logps_and_entropies(ref_model, fact)[0].detach()
+            ref = logps_and_entropies(ref_model, fact)[0].detach()[given:]
             # weighted by the ratio: GRPOConfig.use_bias_correction_kl, on by default
             kl = (ratio * ((ref - logps).exp() - (ref - logps) - 1)).sum()
-            # "bnpo" alone takes the KL's mean over the tokens it acts on, as TRL does for tool results
-            kl_of_bnpo, loss = (
-                (kl_of_bnpo + kl, loss) if loss_type == "bnpo" else (0.0, loss + beta * kl / denominator)
-            )
+            # Types that average over tokens first take the KL's mean over those it acts on, as TRL does with tools
+            if loss_type == "bnpo":
+                kl_of_bnpo = kl_of_bnpo + kl
+            else:
+                acted_on = rows * (length - given) if loss_type in ("grpo", "sapo") else denominator
+                loss = loss + beta * kl / acted_on
         entropy = entropy + entropies.sum()
     return loss + beta * kl_of_bnpo / max(on_tokens, 1) - entropy_coef * entropy / max(on_tokens, 1)
 
@@ -120,13 +144,16 @@ def perturb(model, seed=1, scale=0.02):
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def check(trainer, rows, loss_type, beta=0.0, entropy_coef=0.0, f=regularized, weight=1.0, accumulation=1):
+def check(
+    trainer, rows, loss_type, beta=0.0, entropy_coef=0.0, term=REGULARIZED, weight=1.0,
+    accumulation=1, **guidance,
+):  # fmt: skip
     model = trainer.model
     model.train()
     trainer.current_gradient_accumulation_steps = accumulation
     batch = [row for row in trainer.train_dataset for _ in range(GROUP)]
     inputs = trainer._prepare_inputs(batch)
-    facts = whole_batch(trainer, model, rows)
+    facts = whole_batch(trainer, model, rows, **guidance)
     with torch.no_grad():
         old_logps = [logps_and_entropies(model, fact)[0] for fact in facts]
     perturb(model)  # ratios other than 1, so that clipping acts
@@ -138,7 +165,7 @@ def check(trainer, rows, loss_type, beta=0.0, entropy_coef=0.0, f=regularized, w
     model.zero_grad()
     micro_batches = trainer.args.steps_per_generation
     expected = objective(
-        model, trainer.ref_model, facts, old_logps, loss_type, beta, entropy_coef, micro_batches, f, weight
+        model, trainer.ref_model, facts, old_logps, loss_type, beta, entropy_coef, micro_batches, term, weight
     )
     expected = expected / accumulation  # every micro-batch is that part of its step
     expected.backward()
@@ -185,7 +212,57 @@ def test_gradient_accumulation(make_trainer, rows, loss_type):
     ],
 )
 def test_the_configured_shaping_is_the_one_used(make_trainer, rows, options, f):
-    check(make_trainer(rows, **options, **MISALIGNED), rows, "dr_grpo", f=f)
+    check(make_trainer(rows, **options, **MISALIGNED), rows, "dr_grpo", term=importance_sampling(f))
+
+
+# The method family
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_rl_with_an_sft_loss(make_trainer, rows, loss_type):
+    options = {"demonstration_loss": "sft", "advantage_baseline": "on_policy", "demonstration_weight": 0.5}
+    trainer = make_trainer(rows, loss_type=loss_type, beta=0.1, **options, **MISALIGNED)
+    check(trainer, rows, loss_type, beta=0.1, term=sft, weight=0.5, baseline="on_policy")
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("ratio", [0.3, 0.6])
+def test_a_prefix_that_the_policy_continues(make_trainer, rows, loss_type, ratio):
+    trainer = make_trainer(rows, loss_type=loss_type, beta=0.1, entropy_coef=0.05, prefix_max=ratio, **MISALIGNED)
+    facts = check(trainer, rows, loss_type, beta=0.1, entropy_coef=0.05, ratio=ratio)
+    assert sum(fact["off_policy"] for fact in facts) == 4
+    assert all(len(fact["ids"]) > fact["given"] for fact in facts)
+
+
+def solved_rows(rows: Dataset) -> Dataset:
+    """Every other prompt gets a letter under which its rollouts count as solved, see `sometimes_solved`."""
+    return rows.map(lambda row, i: {"prompt": ("C" if i % 2 else "D") + row["prompt"][1:]}, with_indices=True)
+
+
+def sometimes_solved(prompts, completions, **kwargs) -> list[float]:
+    rewards = letters_reward(completions)
+    solved = [p[0] == "C" and ord(text[0]) % 2 for p, text in zip(prompts, completions, strict=True)]
+    return [reward + bonus for reward, bonus in zip(rewards, solved, strict=True)]
+
+
+@pytest.mark.parametrize("loss", ["importance_sampling", "sft"])
+@pytest.mark.parametrize("gate", [0.0, 0.9])
+def test_demonstrations_count_only_below_the_gate(make_trainer, rows, loss, gate):
+    baseline = "on_policy" if loss == "sft" else "group"
+    options = {"demonstration_loss": loss, "advantage_baseline": baseline, "success_gate": gate}
+    trainer = make_trainer(solved_rows(rows), reward=sometimes_solved, **options, **MISALIGNED)
+    term = sft if loss == "sft" else REGULARIZED
+    facts = check(
+        trainer, solved_rows(rows), "dr_grpo", term=term, baseline=baseline, gate=gate, reward=sometimes_solved
+    )
+    assert {fact["counts"] for fact in facts} == ({True} if gate else {True, False})
+
+
+@pytest.mark.parametrize(("schedule", "weight"), [("linear", 0.75), ("cosine", (1 + 0.5**0.5) / 2), ("constant", 1.0)])
+def test_a_weight_that_fades(make_trainer, rows, schedule, weight):
+    trainer = make_trainer(rows, demonstration_weight_schedule=schedule, **MISALIGNED)
+    trainer.state.global_step, trainer.state.max_steps = 2, 8
+    check(trainer, rows, "dr_grpo", weight=weight)
 
 
 def test_demonstration_weight_scales_the_off_policy_term(make_trainer, rows):

@@ -7,10 +7,12 @@ from trl import GRPOConfig
 
 from .demonstrations import OVERFLOWS
 from .objective import LOSS_TYPES
+from .schedules import PREFIX_STRATEGIES, WEIGHT_SCHEDULES
 from .shaping import get_shaping, register_shaping
 
 
 ADVANTAGE_BASELINES = ("group", "on_policy")
+DEMONSTRATION_LOSSES = ("importance_sampling", "sft")
 
 
 @dataclass
@@ -71,6 +73,51 @@ class LuffyConfig(GRPOConfig):
         default=1.0,
         metadata={"help": "Factor on the demonstrations' loss, 0 or above. Default 1.0, the paper's."},
     )
+    demonstration_weight_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "How demonstration_weight changes over the run: 'constant', or a fall to 0, 'linear' or 'cosine'. "
+            "Default 'constant', the paper's."
+        },
+    )
+    demonstration_loss: str = field(
+        default="importance_sampling",
+        metadata={
+            "help": "What trains the demonstrations' tokens: 'importance_sampling', -A f(r), or 'sft', -log pi "
+            "whatever their reward, which needs advantage_baseline='on_policy'. Default 'importance_sampling', the "
+            "paper's."
+        },
+    )
+    success_gate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Demonstrations count only in groups in which at most this share of the rollouts is solved, from "
+            "0 (none) to 1: elsewhere they enter neither the loss nor the baseline. Default None: in all groups, the "
+            "paper's."
+        },
+    )
+    prefix_strategy: str = field(
+        default="fixed",
+        metadata={
+            "help": "How much of a demonstration is given, before the policy continues it: 'fixed', prefix_max; "
+            "'uniform' between prefix_min and prefix_max; 'linear' or 'cosine', falling from prefix_max to prefix_min "
+            "over the run; 'reverse', rising. Default 'fixed'."
+        },
+    )
+    prefix_min: float = field(
+        default=0.0, metadata={"help": "Least share of a demonstration's tokens that is given, 0 to 1. Default 0."}
+    )
+    prefix_max: float = field(
+        default=1.0,
+        metadata={"help": "Largest share. Default 1: with prefix_strategy='fixed' the whole one, the paper's."},
+    )
+    prefix_shared: bool = field(
+        default=False,
+        metadata={
+            "help": "One share for all demonstrations of a group, where prefix_strategy='uniform'. Default False: one "
+            "for each."
+        },
+    )
     demonstration_overflow: str = field(
         default="drop",
         metadata={
@@ -120,6 +167,21 @@ class LuffyConfig(GRPOConfig):
         get_shaping(self.shaping)
         _one_of("loss_type", self.loss_type, LOSS_TYPES)
         _one_of("demonstration_overflow", self.demonstration_overflow, OVERFLOWS)
+        _one_of("demonstration_loss", self.demonstration_loss, DEMONSTRATION_LOSSES)
+        _one_of("demonstration_weight_schedule", self.demonstration_weight_schedule, WEIGHT_SCHEDULES)
+        _one_of("prefix_strategy", self.prefix_strategy, PREFIX_STRATEGIES)
+        _share("prefix_min", self.prefix_min)
+        _share("prefix_max", self.prefix_max)
+        if self.prefix_min > self.prefix_max:
+            raise ValueError(f"prefix_min={self.prefix_min} must not be above prefix_max={self.prefix_max}.")
+        if self.success_gate is not None:
+            _share("success_gate", self.success_gate)
+        if self.demonstration_loss == "sft" and self.advantage_baseline != "on_policy":
+            raise ValueError(
+                f"demonstration_loss='sft' cannot be combined with advantage_baseline={self.advantage_baseline!r}: "
+                "demonstrations without an advantage of their own must not move the rollouts'. Set "
+                "advantage_baseline='on_policy'."
+            )
         _one_of("advantage_baseline", self.advantage_baseline, ADVANTAGE_BASELINES)
         _positive("shaping_gamma", self.shaping_gamma)
         _positive("shaping_exponent", self.shaping_exponent)
@@ -149,6 +211,7 @@ class LuffyConfig(GRPOConfig):
             "use_adaptive_entropy": self.use_adaptive_entropy,
             "top_entropy_quantile": self.top_entropy_quantile < 1,
             "loss_type": self.loss_type == "bnpo",
+            "demonstration_loss": self.demonstration_loss == "sft",
             "trim_padding": not self.trim_padding,
         }
         for name, used in uses.items():
@@ -179,6 +242,11 @@ class LuffyConfig(GRPOConfig):
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} must be a number from 0 to 1.")
 
 
 def _positive(name: str, value: float) -> None:

@@ -37,10 +37,23 @@ ENCODING_VERSION = 1
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One off-policy completion: its token ids, and the behavior policy's log-prob of each, where known."""
+    """One off-policy completion: its token ids, and the behavior policy's log-prob of each, where known.
+
+    Where it is not `whole` it is a prefix, and the policy continues it.
+    """
 
     token_ids: list[int]
     logps: list[float] | None = None
+    whole: bool = True
+
+    def prefix(self, ratio: float) -> "Demonstration | None":
+        """The first part, `ratio` of the tokens rounded down; all of it is the demonstration itself, nothing None."""
+        given = math.floor(ratio * len(self.token_ids))
+        if given >= len(self.token_ids):
+            return self
+        if given == 0:
+            return None
+        return Demonstration(self.token_ids[:given], self.logps and self.logps[:given], whole=False)
 
 
 def demonstrations_of(row: dict[str, Any]) -> list[Demonstration]:

@@ -39,6 +39,7 @@ from .demonstrations import (
     place_demonstrations,
 )
 from .objective import off_policy_loss, token_denominator
+from .schedules import demonstration_weight, prefix_ratio
 
 
 if TYPE_CHECKING:
@@ -280,19 +281,28 @@ class LuffyTrainer(GRPOTrainer):
             return super()._generate_and_score_completions(rows)
 
         if self.num_demonstrations > 0:
-            self._placed = place_demonstrations(inputs, self.num_generations, self.num_demonstrations)
+            self._placed = self._cut(place_demonstrations(inputs, self.num_generations, self.num_demonstrations))
         else:
             self._placed = [None] * len(inputs)
         output = super()._generate_and_score_completions(rows)
 
+        # Of a row with a prefix the rest is the policy's, but it is no rollout of the prompt alone
         is_demonstration = torch.tensor([d is not None for d in self._placed], device=self.accelerator.device)  # (B,)
         all_is_demonstration = self.accelerator.gather(is_demonstration)  # (rows of all processes,)
         rewards = self._total_rewards()  # (rows of all processes,)
         if self.num_demonstrations > 0:
-            if self.args.advantage_baseline == "on_policy":
-                output["advantages"] = self._on_policy_advantages(output["advantages"], is_demonstration, rewards)
+            counts = is_demonstration & self._gate_is_open(rewards, all_is_demonstration)  # (B,)
+            in_baseline = (
+                ~is_demonstration if self.args.advantage_baseline == "on_policy" else ~is_demonstration | counts
+            )
+            if self.args.advantage_baseline == "on_policy" or self.args.success_gate is not None:
+                output["advantages"] = self._rebased(output["advantages"], in_baseline, rewards)
+            output["demonstration_weight"] = counts.float() * demonstration_weight(
+                self.args.demonstration_weight_schedule, self._progress()
+            )
             mask = output["completion_mask"].bool()  # (B, T)
-            output["off_policy_mask"] = is_demonstration.unsqueeze(1) & mask
+            given = torch.tensor([len(d.token_ids) if d else 0 for d in self._placed], device=mask.device)  # (B,)
+            output["off_policy_mask"] = mask & (torch.arange(mask.size(1), device=mask.device) < given.unsqueeze(1))
             if self._has_behavior_logps:
                 output["behavior_logps"] = self._behavior_logps(mask)
         self._log_rollouts(is_demonstration, inputs)
@@ -300,29 +310,67 @@ class LuffyTrainer(GRPOTrainer):
         self._placed = []
         return output
 
+    def _progress(self) -> float:
+        """The share of the run's optimizer steps that are done."""
+        return self.state.global_step / max(self.state.max_steps, 1)
+
+    def _cut(self, placed: list[Demonstration | None]) -> list[Demonstration | None]:
+        """The demonstrations, cut to the prefixes that `prefix_strategy` gives now."""
+        args = self.args
+
+        def ratio() -> float:
+            return prefix_ratio(args.prefix_strategy, self._progress(), args.prefix_min, args.prefix_max)
+
+        cut: list[Demonstration | None] = []
+        for start in range(0, len(placed), self.num_generations):
+            group = placed[start : start + self.num_generations]
+            shared = ratio() if args.prefix_shared else None
+            cut += [d and d.prefix(ratio() if shared is None else shared) for d in group]
+        return cut
+
+    def _gate_is_open(self, rewards: torch.Tensor, is_demonstration: torch.Tensor) -> torch.Tensor:
+        """Whether demonstrations count, for each row of this process `(B,)`; arguments are (rows of all processes,)."""
+        rollouts = ~is_demonstration.view(-1, self.num_generations)  # (groups, G)
+        solved = (rewards >= SOLVED_REWARD).view_as(rollouts) & rollouts
+        success = solved.sum(1) / rollouts.sum(1)  # (groups,)
+        gate = 1.0 if self.args.success_gate is None else self.args.success_gate
+        is_open = (success <= gate).repeat_interleave(self.num_generations)
+        if self.args.success_gate is not None:
+            guided = is_demonstration.view_as(rollouts).any(1)
+            self._metrics["train"]["groups/gate_open"].append((guided & (success <= gate)).float().mean().item())
+        return self._own(is_open)
+
+    def _own(self, values: torch.Tensor) -> torch.Tensor:
+        """This process's part of one value a row of all processes."""
+        return values.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if not self._placed or self.num_demonstrations == 0:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
 
-        sampled = [i for i, demonstration in enumerate(self._placed) if demonstration is None]
+        sampled = [
+            i for i, demonstration in enumerate(self._placed) if demonstration is None or not demonstration.whole
+        ]
         asked = sampled
         if self.use_vllm:  # hands each process a slice of one width; the surplus is left out below
             asked = self._as_many_everywhere(sampled)
+        given = [demonstration.token_ids if demonstration else [] for demonstration in self._placed]
         sampled_ids, sampled_logps = super()._generate_single_turn(
-            [prompt_ids[i] for i in asked],
+            [prompt_ids[i] + given[i] for i in asked],
             images,
             {key: [value[i] for i in asked] for key, value in multimodal_fields.items()},
             num_generations=1,  # groups are ragged now: each row is a request of its own
         )
 
-        completion_ids = [d.token_ids if d is not None else None for d in self._placed]
+        completion_ids = list(given)
         # NaN: not sampled. TRL takes it as an importance ratio of 1 in the correction for vLLM.
-        logps = [[float("nan")] * len(ids) if ids is not None else None for ids in completion_ids]
+        logps = [[float("nan")] * len(ids) for ids in given]
         for k, i in enumerate(sampled):
-            completion_ids[i] = sampled_ids[k]
-            logps[i] = sampled_logps[k] if sampled_logps is not None else None
+            completion_ids[i] = (given[i] + sampled_ids[k])[: self.max_completion_length]
+            if sampled_logps is not None:
+                logps[i] = (logps[i] + sampled_logps[k])[: self.max_completion_length]
         return completion_ids, logps if sampled_logps is not None else None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -338,15 +386,12 @@ class LuffyTrainer(GRPOTrainer):
         rewards = (self._rewards_per_func * self.reward_weights.to(self._rewards_per_func.device)).nansum(dim=1)
         return rewards.masked_fill(self._rewards_per_func.isnan().all(dim=1), torch.nan)
 
-    def _on_policy_advantages(
-        self, advantages: torch.Tensor, is_demonstration: torch.Tensor, rewards: torch.Tensor
-    ) -> torch.Tensor:
-        """Advantages `(B,)` with the rollouts' mean as the baseline, on TRL's scale."""
-        start = self.accelerator.process_index * advantages.size(0)
-        scorable = ~rewards[start : start + advantages.size(0)].isnan()  # (B,)
+    def _rebased(self, advantages: torch.Tensor, in_baseline: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+        """Advantages `(B,)` with the mean of the rows `in_baseline` `(B,)` as the baseline, on TRL's scale."""
+        scorable = ~self._own(rewards).isnan()  # (B,)
         advantages = advantages.view(-1, self.num_generations)
-        counted = (scorable & ~is_demonstration).view_as(advantages)
-        # An advantage is (reward - mean) / scale, so taking the rollouts' mean of it out moves the baseline to them
+        counted = (scorable & in_baseline).view_as(advantages)
+        # An advantage is (reward - mean) / scale, so taking these rows' mean of it out moves the baseline to them
         baseline = (advantages * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
         advantages = (advantages - baseline).flatten() * scorable
         self._logs["advantages"].extend(self.accelerator.gather(advantages).tolist())  # pushes TRL's out of the table
@@ -437,7 +482,7 @@ class LuffyTrainer(GRPOTrainer):
     def _score_rollouts(self, forward, model, input_ids, attention_mask, logits_to_keep, batch_size):
         """Log-probs `(B, T)` of the rollouts, by rows of like length; 0 for demonstrations, which need none."""
         lengths = attention_mask[:, -logits_to_keep:].sum(1)  # (B,)
-        rows = [i for i, demonstration in enumerate(self._placed) if demonstration is None]
+        rows = [i for i, demonstration in enumerate(self._placed) if not (demonstration and demonstration.whole)]
         rows.sort(key=lambda i: -int(lengths[i]))
         logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
         rows = self._as_many_everywhere(rows)
@@ -533,17 +578,22 @@ class LuffyTrainer(GRPOTrainer):
     def _off_policy_loss(self, logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """The demonstrations' part of a micro-batch's loss, a scalar; exactly 0 where it holds none."""
         off_policy_mask = inputs["off_policy_mask"]  # (B, T)
-        per_token_loss = off_policy_loss(
-            logps.masked_fill(~off_policy_mask, 0.0),
-            inputs["advantages"],
-            shaping=self.args.shaping,
-            gamma=self.args.shaping_gamma,
-            exponent=self.args.shaping_exponent,
-            behavior_logps=inputs.get("behavior_logps"),
-        )  # (B, T)
-        per_token_loss = per_token_loss.masked_fill(~off_policy_mask, 0.0)
+        logps = logps.masked_fill(~off_policy_mask, 0.0)
+        if self.args.demonstration_loss == "sft":
+            per_token_loss = -logps  # (B, T)
+        else:
+            per_token_loss = off_policy_loss(
+                logps,
+                inputs["advantages"],
+                shaping=self.args.shaping,
+                gamma=self.args.shaping_gamma,
+                exponent=self.args.shaping_exponent,
+                behavior_logps=inputs.get("behavior_logps"),
+            )  # (B, T)
+        weight = self.args.demonstration_weight * inputs["demonstration_weight"].unsqueeze(1)  # (B, 1)
+        per_token_loss = (weight * per_token_loss).masked_fill(~off_policy_mask, 0.0)
         denominator = self._denominator(inputs, inputs["completion_mask"].bool())  # (B, 1)
-        return self.args.demonstration_weight * (per_token_loss / denominator).sum()
+        return (per_token_loss / denominator).sum()
 
     def _denominator(self, inputs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
         # `num_items_in_batch` counts the tokens of all micro-batches and processes of a generation

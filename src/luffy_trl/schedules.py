@@ -1,0 +1,33 @@
+"""How guidance changes over a run: the weight of demonstrations, and how much of each is given. Pure Python.
+
+Progress is the share of the run's optimizer steps that are done, from 0 to 1.
+"""
+
+import math
+import random
+
+
+WEIGHT_SCHEDULES = ("constant", "linear", "cosine")
+PREFIX_STRATEGIES = ("fixed", "uniform", "linear", "cosine", "reverse")
+
+
+def demonstration_weight(schedule: str, progress: float) -> float:
+    """Factor on the demonstrations' loss: 1, or falling from 1 to 0."""
+    return {"constant": 1.0, "linear": 1.0 - progress, "cosine": _cosine(progress)}[schedule]
+
+
+def prefix_ratio(strategy: str, progress: float, shortest: float, longest: float) -> float:
+    """The share of a demonstration's tokens that is given; the policy continues from there.
+
+    "fixed" is `longest`. "uniform" draws from [shortest, longest], from Python's generator, which the trainer seeds
+    and saves with every checkpoint. "linear" and "cosine" fall from `longest` to `shortest` over the run, "reverse"
+    rises.
+    """
+    if strategy == "uniform":
+        return random.uniform(shortest, longest)
+    share = {"fixed": 1.0, "linear": 1.0 - progress, "cosine": _cosine(progress), "reverse": progress}[strategy]
+    return shortest + share * (longest - shortest)
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
