@@ -329,7 +329,7 @@ class LuffyTrainer(GRPOTrainer):
         return cut
 
     def _gate_is_open(self, rewards: torch.Tensor, is_demonstration: torch.Tensor) -> torch.Tensor:
-        """Whether demonstrations count, for each row of this process `(B,)`; arguments are (rows of all processes,)."""
+        """Whether demonstrations count, for this process's rows `(B,)`; the arguments are (rows of all processes,)."""
         rollouts = ~is_demonstration.view(-1, self.num_generations)  # (groups, G)
         solved = (rewards >= SOLVED_REWARD).view_as(rollouts) & rollouts
         success = solved.sum(1) / rollouts.sum(1)  # (groups,)
