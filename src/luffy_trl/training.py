@@ -52,8 +52,9 @@ class LuffyScriptArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "One or more reward functions, summed: 'math_reward', 'choice_reward', 'format_reward', "
-            "'accuracy_reward', 'reasoning_accuracy_reward', 'think_format_reward' (TRL's), 'letter_walk_reward', or a dotted path such as my_rewards.my_function, "
-            "found from the working directory. Needed for every dataset but the embedded one."
+            "'accuracy_reward', 'reasoning_accuracy_reward', 'think_format_reward' (TRL's), 'letter_walk_reward', or "
+            "a dotted path such as my_rewards.my_function, found from the working directory. Needed for every dataset "
+            "but the embedded one."
         },
     )
 

@@ -1,4 +1,4 @@
-"""The reward functions, in TRL's signature: `completions` and the dataset's columns in, one reward per completion out."""
+"""The reward functions, in TRL's signature: completions and the dataset's columns in, a reward per completion out."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from .choice import choice_letter
 from .completions import THOUGHT_MODES, Thought, answer_part, completion_text
-from .verification import DEFAULT_MEMORY_LIMIT, DEFAULT_TIMEOUT, Verdict, judge_math
+from .verification import DEFAULT_MEMORY_LIMIT, DEFAULT_TIMEOUT, check_limits, judge_math
 
 
 logger = logging.getLogger(__name__)
@@ -17,6 +17,8 @@ LogMetric = Callable[[str, float], None]
 
 class _AnswerReward:
     """1.0 for a right answer, 0.0 for a wrong or missing one, None where the gold answer is none."""
+
+    __name__: str  # what TRL calls its metrics
 
     def __init__(self, thought: Thought = "required", delimiter: str = "</think>"):
         if thought not in THOUGHT_MODES:
@@ -36,9 +38,9 @@ class _AnswerReward:
         if gold not in self.reported and len(self.reported) < MAX_REPORTED:
             self.reported.add(gold)
             logger.warning(
-                "%s: the gold answer %r in column `solution` cannot be parsed. Its completions get no reward; take the "
-                "row out of the dataset or correct it.",
-                type(self).__name__,
+                "%s: the gold answer %r in column `solution` cannot be parsed. Its completions get no reward; correct "
+                "the row, or take it out of the dataset.",
+                self.__name__,
                 gold,
             )
 
@@ -55,11 +57,14 @@ class MathReward(_AnswerReward):
             paper. "optional": a completion without it is read whole. "unused": every completion is read whole.
         delimiter: what ends the thought.
         timeout: seconds for one answer.
-        memory_limit: MiB for one worker process.
+        memory_limit: MiB for one worker process. Not enforced on macOS.
         workers: most worker processes. Default: LUFFY_TRL_REWARD_WORKERS, or this rank's share of the cores.
+
+    Raises:
+        ValueError: for an unknown `thought`, or limits that leave no room for any answer.
     """
 
-    __name__ = "math_reward"  # what TRL calls its metrics
+    __name__ = "math_reward"
 
     def __init__(
         self,
@@ -70,6 +75,7 @@ class MathReward(_AnswerReward):
         workers: int | None = None,
     ):
         super().__init__(thought, delimiter)
+        check_limits(timeout, memory_limit, workers)
         self.timeout = timeout
         self.memory_limit = memory_limit
         self.workers = workers
@@ -84,7 +90,8 @@ class MathReward(_AnswerReward):
     ) -> list[float | None]:
         """Rewards of completions, str or messages. `solution`: the gold answers, bare LaTeX or `$...$` or in a box."""
         golds = check_solutions(self.__name__, solution, completions)
-        verdicts = self.verdicts(self.answers(completions), golds)
+        answers = self.answers(completions)
+        verdicts = judge_math(answers, [g or "" for g in golds], self.timeout, self.memory_limit, self.workers)
         for gold, verdict in zip(golds, verdicts, strict=True):
             if verdict.equal is None:
                 self.report(gold)
@@ -95,10 +102,6 @@ class MathReward(_AnswerReward):
             over = [verdict.outcome in ("time limit", "crash") for verdict in verdicts]
             log_metric("math_reward/over_limit", sum(over) / len(over))
         return [None if verdict.equal is None else float(verdict.equal) for verdict in verdicts]
-
-    def verdicts(self, answers: list[str], golds: Sequence[str | None]) -> list[Verdict]:
-        texts = [gold or "" for gold in golds]
-        return judge_math(answers, texts, self.timeout, self.memory_limit, self.workers)
 
 
 class ChoiceReward(_AnswerReward):
@@ -119,9 +122,10 @@ class ChoiceReward(_AnswerReward):
         log_extra: LogExtra | None = None,
         **kwargs: Any,
     ) -> list[float | None]:
-        golds = [gold and choice_letter(gold) for gold in check_solutions(self.__name__, solution, completions)]
+        texts = check_solutions(self.__name__, solution, completions)
+        golds = [choice_letter(text or "") for text in texts]
         letters = [choice_letter(answer) for answer in self.answers(completions)]
-        for text, gold in zip(solution or [], golds, strict=True):
+        for text, gold in zip(texts, golds, strict=True):
             if gold is None:
                 self.report(text)
         if log_extra is not None:

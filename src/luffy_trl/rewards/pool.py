@@ -15,7 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, cast
+from typing import IO, Any, cast
 
 
 WORKERS_VARIABLE = "LUFFY_TRL_REWARD_WORKERS"
@@ -57,20 +57,22 @@ class Worker:
             env=os.environ | {"PYTHONPATH": search_path},
             start_new_session=True,  # Ctrl-C is for the trainer, which ends its workers
         )
+        self.requests = cast(IO[bytes], self.process.stdin)
+        self.messages = cast(IO[bytes], self.process.stdout)
         self.ready = False
         self.task: int | None = None
 
     def fileno(self) -> int:
-        return self.process.stdout.fileno()
+        return self.messages.fileno()
 
     def send(self, request: dict[str, Any]) -> None:
         with suppress(BrokenPipeError):  # it has died: `receive` will say so
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
+            self.requests.write(json.dumps(request).encode() + b"\n")
+            self.requests.flush()
 
     def receive(self) -> dict[str, Any] | None:
         """The next message, or None: the process has ended."""
-        line = self.process.stdout.readline()
+        line = self.messages.readline()
         return json.loads(line) if line.endswith(b"\n") else None
 
     def end(self) -> int:
@@ -81,7 +83,7 @@ class Worker:
         return status
 
     def close_pipes(self) -> None:
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self.requests, self.messages):
             with suppress(BrokenPipeError):
                 pipe.close()
 
