@@ -39,7 +39,7 @@ Each dropped row, its reason and what was found are in `dropped.jsonl`; `row` co
 {command}
 ```
 
-With {versions}.{licence}
+With {versions}. {licence}
 """
 COLUMNS = {
     "prompt": "the problem",
@@ -60,10 +60,16 @@ class Source:
     revision: str | None = None
 
     @property
+    def title(self) -> str:
+        """The Hub's name, or a file's without its folders."""
+        return Path(self.name).name if Path(self.name).exists() else self.name
+
+    @property
     def text(self) -> str:
-        link = f"[{self.name}](https://huggingface.co/datasets/{self.name})"
-        named = f"`{Path(self.name).name}`" if Path(self.name).exists() else link
-        return named if self.revision is None else f"{named} (revision {self.revision})"
+        if Path(self.name).exists():
+            return f"`{self.title}`"
+        revision = "" if self.revision is None else f" (revision {self.revision})"
+        return f"[{self.name}](https://huggingface.co/datasets/{self.name}){revision}"
 
 
 def look_up(name: str) -> Source:
@@ -88,13 +94,13 @@ def dataset_card(
         argv: the command's arguments. Absolute paths are shortened to their last part: a machine's folders are no
             one's business.
     """
-    data = DatasetCardData(
-        license=source.licence,
-        tags=["luffy_trl", "reasoning"],
-        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
-    )
+    # No `configs` here: `data/train-*` is found without them, and with them datasets 5.2 takes two directories of one
+    # name, or one that was written again, for the same dataset, and loads the older from its cache.
+    data = DatasetCardData(license=source.licence, tags=["luffy_trl", "reasoning"])
     header = [["", "rows", "demonstrations"], ["---", "---:", "---:"]]
-    licence = source.licence and f" The licence is that of {source.name}: {source.licence}."
+    licence = f"The licence is that of {source.title}: {source.licence}."
+    if source.licence is None:
+        licence = f"The licence of {source.title} is not known here: look it up before you share this."
     text = CARD.format(
         name=name,
         load=load,
@@ -103,7 +109,7 @@ def dataset_card(
         counts="\n".join(f"| {' | '.join(row)} |" for row in header + table),
         command=shlex.join(["luffy-trl", "prepare-data", *map(_without_folders, argv)]),
         versions=", ".join(f"{package} {version(package)}" for package in VERSIONS_OF),
-        licence=licence or f" The licence of {source.name} is not known here: look it up before you share this.",
+        licence=licence,
     )
     return DatasetCard(f"---\n{data}\n---\n{text}")
 
