@@ -10,6 +10,7 @@ from importlib import import_module
 COMMANDS = {
     "train": ("luffy_trl.cli", "train", "train a model (the same as `accelerate launch train.py`, on one process)"),
     "prepare-model": ("luffy_trl.prepare_model", "main", "extend a model's window, and give it a chat template"),
+    "prepare-data": ("luffy_trl.data.prepare", "main", "filter a dataset, and write it as the trainer reads it"),
     "demo": ("luffy_trl.cli", "demo", "compare GRPO, LUFFY and SFT on the embedded task, on a CPU"),
 }
 

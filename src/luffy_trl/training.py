@@ -1,21 +1,21 @@
 """One training run from arguments: what `train.py`, `luffy-trl train` and notebooks share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
 
-import datasets
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, IterableDataset
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
 from .config import LuffyConfig
+from .data.contract import to_contract
+from .data.loading import check_file, choose_split, load_splits
 from .imports import import_function
-from .stopping import RunStopped, StopAtStep
 from .rewards import choice_reward, format_reward, math_reward
+from .stopping import RunStopped, StopAtStep
 from .tasks.letter_walk import letter_walk_reward, split_walks, to_dataset
 from .tasks.letter_walk_base import load_or_pretrain
 from .trainer import LuffyTrainer
@@ -31,8 +31,6 @@ REWARD_FUNCS: dict[str, Callable] = {
     "think_format_reward": think_format_reward,
     "letter_walk_reward": letter_walk_reward,
 }
-# `datasets`' loader for a file with this ending
-FILE_LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
 @dataclass
@@ -46,8 +44,9 @@ class LuffyScriptArguments(ScriptArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, a local .parquet, .json, .jsonl or .csv file, a directory written by save_to_disk, or "
-            "'letter_walk', the embedded task. Default: the embedded task, if no model is given either."
+            "help": "Hub id, a local .parquet, .json, .jsonl or .csv file, a directory (from prepare-data or "
+            "save_to_disk), or 'letter_walk', the embedded task. The columns of Elliott/Openr1-Math-46k-8192 and "
+            "open-r1/OpenR1-Math-220k are recognised. Default: the embedded task, if no model is given either."
         },
     )
     reward_funcs: list[str] | None = field(
@@ -70,8 +69,7 @@ def check_arguments(script_args: LuffyScriptArguments, model_args: ModelConfig) 
         raise ValueError(
             f"--dataset_name is missing: what should {model_name} be trained on? ('letter_walk' is the embedded task.)"
         )
-    if Path(dataset_name or "").suffix in FILE_LOADERS and not Path(dataset_name or "").is_file():
-        raise ValueError(f"--dataset_name {dataset_name}: there is no such file.")
+    check_file(dataset_name or EMBEDDED_TASK, f"--dataset_name {dataset_name}")
     load_reward_funcs(script_args.reward_funcs, dataset_name or EMBEDDED_TASK)
 
 
@@ -98,11 +96,11 @@ def run(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_arg
     check_output_dir(training_args.output_dir)
     dataset_name = script_args.dataset_name or EMBEDDED_TASK
     reward_funcs = load_reward_funcs(script_args.reward_funcs, dataset_name)
-    dataset = load_splits(dataset_name, script_args, seed=training_args.seed)
-    train_dataset = _split(dataset, script_args.dataset_train_split, dataset_name)
+    splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
+    train_dataset = _split(splits, script_args.dataset_train_split, dataset_name)
     eval_dataset = None
     if training_args.eval_strategy != "no":
-        eval_dataset = _split(dataset, script_args.dataset_test_split, dataset_name)
+        eval_dataset = _split(splits, script_args.dataset_test_split, dataset_name)
 
     model_name = model_args.model_name_or_path
     if model_name is None:
@@ -165,31 +163,21 @@ def load_reward_funcs(names: list[str] | None, dataset_name: str) -> list[Callab
     return functions
 
 
-def load_splits(
-    name: str, script_args: ScriptArguments, seed: int
-) -> dict[str, Dataset] | DatasetDict | IterableDatasetDict:
-    """All splits of the embedded task, a file, a saved directory or a Hub dataset."""
+def load_dataset_splits(name: str, script_args: ScriptArguments, seed: int) -> Mapping[str, Dataset | IterableDataset]:
+    """All splits of the embedded task, a file, a directory or a Hub dataset."""
     if name == EMBEDDED_TASK:
         return {split: to_dataset(walks) for split, walks in split_walks(seed=seed).items()}
-    path = Path(name)
-    if path.suffix in FILE_LOADERS:
-        try:
-            return datasets.load_dataset(
-                FILE_LOADERS[path.suffix], data_files=str(path), streaming=script_args.dataset_streaming
-            )
-        except (DatasetGenerationError, StopIteration) as error:  # what `datasets` raises for broken, for empty files
-            cause = error.__cause__ or "it holds no rows"
-            raise ValueError(f"--dataset_name {name} cannot be read: {cause}") from error
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        saved = datasets.load_from_disk(name)
-        return saved if isinstance(saved, DatasetDict) else {script_args.dataset_train_split: saved}
-    return datasets.load_dataset(name, script_args.dataset_config, streaming=script_args.dataset_streaming)
+    return load_splits(
+        name,
+        f"--dataset_name {name}",
+        script_args.dataset_config,
+        script_args.dataset_streaming,
+        only_split=script_args.dataset_train_split,
+    )
 
 
-def _split(dataset, split: str, dataset_name: str) -> Dataset | IterableDataset:
-    if split not in dataset:
-        raise ValueError(
-            f"--dataset_name {dataset_name} has no split {split!r}, only {', '.join(map(repr, dataset))}. Choose with "
-            "--dataset_train_split and --dataset_test_split."
-        )
-    return dataset[split]
+def _split(splits: Mapping[str, Dataset | IterableDataset], split: str, name: str) -> Dataset | IterableDataset:
+    """One split, in the columns of the data contract."""
+    where = f"--dataset_name {name}"
+    dataset = choose_split(splits, split, where, "--dataset_train_split and --dataset_test_split")
+    return to_contract(dataset, where)

@@ -1,0 +1,101 @@
+"""Datasets from where users keep them: the Hub, a file, a directory."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, DatasetDict, IterableDataset
+from datasets.exceptions import DatasetGenerationError
+
+
+# `datasets`' loader for a file with this ending
+FILE_LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+def check_file(name: str, where: str) -> None:
+    """Raises ValueError if `name` is meant as a file, and is none."""
+    if Path(name).suffix in FILE_LOADERS and not Path(name).is_file():
+        raise ValueError(f"{where}: there is no such file.")
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Turn what `datasets` raises for broken and for empty files into one sentence that begins with `where`."""
+    try:
+        yield
+    except (DatasetGenerationError, StopIteration, ValueError) as error:
+        cause = error.__cause__ or error
+        text = "it holds no rows" if isinstance(error, StopIteration) else " ".join(str(cause).split())
+        raise ValueError(f"{where} cannot be read: {text}") from error
+
+
+def load_splits(
+    name: str, where: str, config: str | None = None, streaming: bool = False, only_split: str = "train"
+) -> Mapping[str, Dataset | IterableDataset]:
+    """All splits of a file, a directory (of files, or written by `save_to_disk`) or a Hub dataset.
+
+    Args:
+        where: what to call the dataset in messages, such as "--dataset_name data.jsonl".
+        config: of a Hub dataset that has several.
+        streaming: read files as they are needed. A directory written by `save_to_disk` is mapped into memory anyway.
+        only_split: the name for a dataset that was saved without splits.
+
+    Raises:
+        ValueError: for a file that is missing, broken or empty, and for a configuration that does not exist.
+        OSError: for a dataset that cannot be found or reached.
+    """
+    check_file(name, where)
+    path = Path(name)
+    with reading(where):
+        if path.suffix in FILE_LOADERS:
+            return datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=str(path), streaming=streaming)
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            saved = datasets.load_from_disk(name)
+            return saved if isinstance(saved, DatasetDict) else {only_split: saved}
+        return datasets.load_dataset(name, config, streaming=streaming)
+
+
+def choose_split(
+    splits: Mapping[str, Dataset | IterableDataset], split: str, where: str, options: str
+) -> Dataset | IterableDataset:
+    """One of the splits.
+
+    Raises:
+        ValueError: if there is no such split, naming those that exist and the `options` to choose with.
+    """
+    if split not in splits:
+        raise ValueError(
+            f"{where} has no split {split!r}, only {', '.join(map(repr, splits))}. Choose with {options}."
+        )
+    return splits[split]
+
+
+def first_rows(dataset: Dataset | IterableDataset, count: int, where: str) -> list[dict[str, Any]]:
+    """The first rows, at least one.
+
+    Raises:
+        ValueError: if there are none, or they cannot be read.
+    """
+    with reading(where):
+        rows = list(islice(dataset, count))
+        if not rows:
+            raise StopIteration
+    return rows
+
+
+def batches(dataset: Dataset | IterableDataset, size: int, where: str) -> Iterator[dict[str, list]]:
+    """The dataset's rows as batches of columns.
+
+    Raises:
+        ValueError: where a stream cannot be read any further.
+    """
+    iterator = iter(dataset.iter(batch_size=size))
+    while True:
+        with reading(where):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch

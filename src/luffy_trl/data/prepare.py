@@ -1,0 +1,190 @@
+"""`luffy-trl prepare-data`: from a dataset as it is published to a filtered one in the data contract.
+
+    load -> screen each row (map, in processes) -> verify, deduplicate, count (here, batch by batch) -> parquet, card
+
+A stream goes the same way, without the processes. No step holds more than one batch of texts.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, GenerationConfig
+
+from ..demonstrations import DemonstrationEncoder
+from ..report import text_table
+from ..rewards.completions import Thought
+from .arguments import build_parser, check_arguments, with_dashes
+from .benchmarks import load_benchmarks
+from .contract import contract_features
+from .finishing import CONTAMINATED, DUPLICATE, TOO_LONG, UNVERIFIED, Finisher
+from .loading import batches, choose_split, first_rows, load_splits
+from .publishing import dataset_card, look_up, push
+from .schemas import Schema, own_columns, recognise
+from .screening import Screener, screened_features
+from .writing import DROPPED_FILE, ParquetShards, all_or_nothing
+
+
+# Rows. A trace of 8,192 tokens is about 30 kB, and OpenR1 has up to four a row.
+SCREENED_AT_ONCE, FINISHED_AT_ONCE = 100, 500
+ROWS_PER_PROCESS = 500  # fewer are not worth starting a process for
+
+
+def main(argv: Sequence[str], prog: str) -> None:
+    parser = build_parser(prog)
+    args = parser.parse_args([with_dashes(arg) for arg in argv])
+    try:
+        check_arguments(args)
+        _prepare(args, argv)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit(f"\nInterrupted. Nothing was written to {args.output_dir}")
+
+
+def _prepare(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    splits = load_splits(args.source, args.source, args.config, args.streaming, only_split=args.split)
+    dataset = choose_split(splits, args.split, args.source, "--split")
+    if args.max_rows:
+        streamed = isinstance(dataset, IterableDataset)
+        dataset = dataset.take(args.max_rows) if streamed else dataset.select(range(min(args.max_rows, len(dataset))))
+    head = first_rows(dataset, 100, args.source)
+    schema = _schema(args, list(head[0]), head)
+    conversational = _is_conversational(args, schema, head)
+    several = schema.several and args.max_demonstrations != 1
+    screener = Screener(
+        schema,
+        conversational,
+        args.system_prompt,
+        load_benchmarks(args.benchmarks, args.ngram_size) if args.benchmarks else None,
+        None if args.no_length else _encoder(args),
+    )
+    thought: Thought = args.thought or ("optional" if schema.conversational is None else "required")
+    verify = None if args.no_verify else "source" if args.trust_source else "answers"
+    features = contract_features(conversational, several)
+    print(f"{args.source}: {schema.name} -> {', '.join(features)}", flush=True)
+
+    with all_or_nothing(args.output_dir) as result:
+        screened = _screen(dataset, screener, list(head[0]), _processes(args, dataset), result.parent)
+        total = None if isinstance(dataset, IterableDataset) else len(dataset)
+        with (
+            open(result / DROPPED_FILE, "w", encoding="utf-8") as dropped,
+            ParquetShards(result / "data", features) as shards,
+            tqdm(total=total, unit=" rows", desc="Finishing") as progress,
+        ):
+            finish = Finisher(
+                verify, thought, not args.no_deduplicate, args.max_demonstrations, conversational, several, dropped
+            )
+            for batch in batches(screened, FINISHED_AT_ONCE, args.source):
+                shards.write(finish(batch))
+                progress.update(len(batch["row"]))
+        table = finish.tally.table(_not_checked(args))
+        load = args.push_to_hub or args.output_dir.name
+        card = dataset_card(args.output_dir.name, load, look_up(args.source), list(features), table, argv)
+        card.save(result / "README.md")
+
+    print(f"\n{text_table(['', 'rows', 'demonstrations'], table)}\n")
+    if finish.tally.kept["rows"] == 0:
+        print("Nothing was kept: see the reasons above, and those of each row in the list of dropped rows.")
+    print(f"Dataset, card and {DROPPED_FILE}: {args.output_dir}")
+    print(f"Train on it with: train.py --dataset_name {args.output_dir} --reward_funcs math_reward ...", flush=True)
+    if args.push_to_hub:
+        try:
+            print(f"Pushed to {push(args.output_dir, args.push_to_hub, private=not args.public)}")
+        except ValueError as error:
+            sys.exit(str(error))
+
+
+def _schema(args: argparse.Namespace, columns: list[str], head: list[dict]) -> Schema:
+    schema = None if args.prompt_column else recognise(columns)
+    if schema is None:
+        prompt, solution = args.prompt_column or "prompt", args.solution_column or "solution"
+        contract = "demonstrations" if "demonstrations" in columns else "completion"
+        demonstration = args.demonstration_column or contract
+        several = any(_is_list_of_several(row.get(demonstration)) for row in head)
+        schema = own_columns(prompt, demonstration, solution, several)
+    missing = [column for column in schema.columns if column not in columns]
+    if missing:
+        raise ValueError(
+            f"{args.source} has the columns {', '.join(columns)}, but no {' and no '.join(missing)}: name yours with "
+            "--prompt-column, --demonstration-column and --solution-column."
+        )
+    if args.trust_source and not schema.has_verdicts:
+        raise ValueError(f"--trust-source: {args.source} has no verdicts of its own on its demonstrations.")
+    return schema
+
+
+def _is_list_of_several(value: Any) -> bool:
+    """Whether a demonstration column's value is a list of demonstrations, and not the messages of one."""
+    return isinstance(value, list) and any(not isinstance(item, dict) for item in value)
+
+
+def _is_conversational(args: argparse.Namespace, schema: Schema, head: list[dict]) -> bool:
+    if schema.conversational is not None or args.conversational:
+        return True
+    prompts = [row.get(schema.columns[0]) for row in head]
+    messages = next((isinstance(prompt, list) for prompt in prompts if isinstance(prompt, list | str)), False)
+    if args.system_prompt and not messages:
+        raise ValueError("--system-prompt needs messages, and these prompts are texts: add --conversational.")
+    return messages
+
+
+def _encoder(args: argparse.Namespace) -> DemonstrationEncoder:
+    """Counts tokens as the trainer will: with every token at which the model stops."""
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"--tokenizer {args.tokenizer} has no EOS token, so a demonstration cannot end.")
+    try:
+        stops = GenerationConfig.from_pretrained(args.tokenizer).eos_token_id
+    except OSError:  # a tokenizer without a model
+        stops = None
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    return DemonstrationEncoder(tokenizer, [tokenizer.eos_token_id, *stops], args.max_tokens, "drop", {})
+
+
+def _processes(args: argparse.Namespace, dataset: Dataset | IterableDataset) -> int:
+    if isinstance(dataset, IterableDataset):
+        return 1
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(args.num_proc or cores, -(-len(dataset) // ROWS_PER_PROCESS) if not args.num_proc else len(dataset))
+
+
+def _screen(
+    dataset: Dataset | IterableDataset, screener: Screener, columns: list[str], processes: int, folder: Path
+) -> Dataset | IterableDataset:
+    options = {
+        "batched": True,
+        "batch_size": SCREENED_AT_ONCE,
+        "with_indices": True,
+        "remove_columns": columns,
+        "features": screened_features(screener.conversational),
+    }
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(screener, **options)
+    if processes > 1:  # its own threads in each process would be too many
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return dataset.map(
+        screener,
+        num_proc=processes,
+        writer_batch_size=SCREENED_AT_ONCE,
+        # beside the result, and gone with it: the cache would keep a second copy of every trace
+        cache_file_name=str(folder / "screened.arrow"),
+        load_from_cache_file=False,
+        desc="Screening",
+        **options,
+    )
+
+
+def _not_checked(args: argparse.Namespace) -> dict[str, str]:
+    off = {
+        CONTAMINATED: not args.benchmarks and "no --benchmarks",
+        TOO_LONG: args.no_length and "--no-length",
+        UNVERIFIED: args.no_verify and "--no-verify",
+        DUPLICATE: args.no_deduplicate and "--no-deduplicate",
+    }
+    return {reason: option for reason, option in off.items() if option}

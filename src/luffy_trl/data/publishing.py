@@ -1,0 +1,144 @@
+"""The card of a prepared dataset, and its way to the Hub."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+
+
+VERSIONS_OF = ("luffy_trl", "math-verify", "transformers", "datasets")
+CARD = """
+# {name}
+
+Problems with demonstrations for reinforcement learning with LUFFY (arXiv 2504.14945), prepared from {source} by
+`luffy-trl prepare-data`.
+
+| column | meaning |
+| --- | --- |
+{columns}
+
+```python
+from datasets import load_dataset
+
+dataset = load_dataset("{load}", split="train")
+```
+
+## What was kept and dropped
+
+{counts}
+
+Each dropped row, its reason and what was found are in `dropped.jsonl`; `row` counts the rows of {source} from 0.
+
+## How it was made
+
+```bash
+{command}
+```
+
+With {versions}. {licence}
+"""
+COLUMNS = {
+    "prompt": "the problem",
+    "completion": "the demonstration",
+    "demonstrations": "the demonstrations, one or more",
+    "solution": "the gold answer",
+    "source": "where the source says the problem is from",
+    "id": "the source's own name of the row",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the rows come from. Licence and revision are the Hub's; None where it is not known."""
+
+    name: str
+    licence: str | None = None
+    revision: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The Hub's name, or a file's without its folders."""
+        return Path(self.name).name if Path(self.name).exists() else self.name
+
+    @property
+    def text(self) -> str:
+        if Path(self.name).exists():
+            return f"`{self.title}`"
+        revision = "" if self.revision is None else f" (revision {self.revision})"
+        return f"[{self.name}](https://huggingface.co/datasets/{self.name}){revision}"
+
+
+def look_up(name: str) -> Source:
+    """What the Hub says of a dataset. A file, or a Hub that cannot be reached, says nothing."""
+    if Path(name).exists():
+        return Source(name)
+    try:
+        info = HfApi().dataset_info(name, timeout=20)
+    except (OSError, httpx.HTTPError):
+        return Source(name)
+    return Source(name, info.card_data.get("license") if info.card_data else None, info.sha)
+
+
+def dataset_card(
+    name: str, load: str, source: Source, columns: Sequence[str], table: list[list[str]], argv: Sequence[str]
+) -> DatasetCard:
+    """The card: what is in the dataset, what was left out and how it was made.
+
+    Args:
+        load: what `load_dataset` takes to load it.
+        table: what, rows and demonstrations; see `Tally.table`.
+        argv: the command's arguments. Absolute paths are shortened to their last part: a machine's folders are no
+            one's business.
+    """
+    # No `configs` here: `data/train-*` is found without them, and with them datasets 5.2 takes two directories of one
+    # name, or one that was written again, for the same dataset, and loads the older from its cache.
+    data = DatasetCardData(license=source.licence, tags=["luffy_trl", "reasoning"])
+    header = [["", "rows", "demonstrations"], ["---", "---:", "---:"]]
+    licence = f"The licence is that of {source.title}: {source.licence}."
+    if source.licence is None:
+        licence = f"The licence of {source.title} is not known here: look it up before you share this."
+    text = CARD.format(
+        name=name,
+        load=load,
+        source=source.text,
+        columns="\n".join(f"| `{column}` | {COLUMNS[column]} |" for column in columns),
+        counts="\n".join(f"| {' | '.join(row)} |" for row in header + table),
+        command=shlex.join(["luffy-trl", "prepare-data", *map(_without_folders, argv)]),
+        versions=", ".join(f"{package} {version(package)}" for package in VERSIONS_OF),
+        licence=licence,
+    )
+    return DatasetCard(f"---\n{data}\n---\n{text}")
+
+
+def push(directory: Path, repo_id: str, private: bool) -> str:
+    """Upload the prepared dataset; returns its address.
+
+    Raises:
+        ValueError: with the command to try again, if the Hub refuses it or cannot be reached.
+    """
+    api = HfApi()
+    try:
+        url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=directory,
+            repo_type="dataset",
+            commit_message="Add the dataset prepared by luffy-trl prepare-data",
+        )
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        first = str(error).strip().splitlines()[0]
+        visibility = " --private" if private else ""
+        raise ValueError(
+            f"The push to {repo_id} failed: {first} The dataset is complete in {directory}; push it again with: "
+            f"hf upload {repo_id} {shlex.quote(str(directory))} . --repo-type dataset{visibility}"
+        ) from error
+    return str(url)
+
+
+def _without_folders(argument: str) -> str:
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
