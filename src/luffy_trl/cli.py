@@ -9,6 +9,7 @@ from importlib import import_module
 # name: (module, function of (argv, prog) there, what it does)
 COMMANDS = {
     "train": ("luffy_trl.cli", "train", "train a model (the same as `accelerate launch train.py`, on one process)"),
+    "eval": ("luffy_trl.evaluation.command", "main", "evaluate a model on the paper's benchmarks, with lm-eval"),
     "demo": ("luffy_trl.cli", "demo", "compare GRPO, LUFFY and SFT on the embedded task, on a CPU"),
 }
 
