@@ -75,7 +75,7 @@ def test_accelerate_loads_its_configs(path):
         (["--model_name_or_path", "some/model", *CPU], "--dataset_name is missing: what should some/model"),
         (["--model_name_or_path", "m", "--dataset_name", "no.jsonl", *CPU], "no.jsonl: there is no such file"),
         (["--model_name_or_path", "m", "--dataset_name", "d", *CPU], "--reward_funcs is missing"),
-        (["--reward_funcs", "no_such_reward", *CPU], "no such reward function. Known are accuracy_reward"),
+        (["--reward_funcs", "no_such_reward", *CPU], "no such reward function. Known are math_reward"),
         (["--reward_funcs", "no_such_module.reward", *CPU], "No module named 'no_such_module'"),
         (["--reward_funcs", "json.reward", *CPU], "json has no function reward"),
     ],

@@ -13,6 +13,7 @@ from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format
 
 from .config import LuffyConfig
 from .imports import import_function
+from .rewards import choice_reward, format_reward, math_reward
 from .tasks.letter_walk import letter_walk_reward, split_walks, to_dataset
 from .tasks.letter_walk_base import load_or_pretrain
 from .trainer import LuffyTrainer
@@ -20,6 +21,9 @@ from .trainer import LuffyTrainer
 
 EMBEDDED_TASK = "letter_walk"
 REWARD_FUNCS: dict[str, Callable] = {
+    "math_reward": math_reward,
+    "choice_reward": choice_reward,
+    "format_reward": format_reward,
     "accuracy_reward": accuracy_reward,
     "reasoning_accuracy_reward": reasoning_accuracy_reward,
     "think_format_reward": think_format_reward,
@@ -47,9 +51,10 @@ class LuffyScriptArguments(ScriptArguments):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "One or more reward functions, summed: 'accuracy_reward', 'reasoning_accuracy_reward', "
-            "'think_format_reward' (TRL's), 'letter_walk_reward', or a dotted path such as my_rewards.my_function, "
-            "found from the working directory. Needed for every dataset but the embedded one."
+            "help": "One or more reward functions, summed: 'math_reward', 'choice_reward', 'format_reward', "
+            "'accuracy_reward', 'reasoning_accuracy_reward', 'think_format_reward' (TRL's), 'letter_walk_reward', or "
+            "a dotted path such as my_rewards.my_function, found from the working directory. Needed for every dataset "
+            "but the embedded one."
         },
     )
 

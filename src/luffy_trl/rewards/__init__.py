@@ -1,0 +1,19 @@
+"""Reward functions for TRL that no completion can hang or crash. Imports neither torch nor TRL."""
+
+from .choice import choice_letter
+from .completions import answer_part
+from .functions import ChoiceReward, FormatReward, MathReward, choice_reward, format_reward, math_reward
+from .verification import verify_math
+
+
+__all__ = [
+    "ChoiceReward",
+    "FormatReward",
+    "MathReward",
+    "answer_part",
+    "choice_letter",
+    "choice_reward",
+    "format_reward",
+    "math_reward",
+    "verify_math",
+]

@@ -1,0 +1,207 @@
+"""
+Worker processes that may die: each works on one request at a time, and a dead one costs no other request.
+
+Why no `multiprocessing`, and nothing built on it: forking a process with CUDA threads is unsafe, and its other start
+methods import the user's script again, which a script without `if __name__ == "__main__"` does not survive. Here a
+worker is a program of its own, and the two speak JSON lines over pipes: nothing is unpickled.
+"""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import IO, Any, cast
+
+
+WORKERS_VARIABLE = "LUFFY_TRL_REWARD_WORKERS"
+MAX_DEFAULT_WORKERS = 16  # with more, starting them takes longer than a batch of completions
+PATIENCE = (
+    60.0  # seconds beyond the time limit until a silent worker is taken for stuck: it was stopped, or cannot start
+)
+MAX_FAILED_STARTS = 3
+
+
+def default_workers() -> int:
+    """
+    The variable LUFFY_TRL_REWARD_WORKERS, or this process's share of the usable cores, at most 16.
+
+    Raises:
+        ValueError: if the variable is no positive whole number.
+    """
+    given = os.environ.get(WORKERS_VARIABLE)
+    if given is not None:
+        if not given.isdecimal() or int(given) == 0:
+            raise ValueError(f"{WORKERS_VARIABLE}={given!r} must be a whole number of 1 or more.")
+        return int(given)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun and accelerate launch
+    return max(1, min(MAX_DEFAULT_WORKERS, cores // local_ranks))
+
+
+class Worker:
+    """One process, and the number of the request that it works on."""
+
+    COMMAND = [sys.executable, "-P", "-m", "luffy_trl.rewards.worker"]
+
+    def __init__(self):
+        search_path = os.pathsep.join(path or os.getcwd() for path in sys.path)  # it finds what this process finds
+        self.process = subprocess.Popen(
+            self.COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": search_path},
+            start_new_session=True,  # Ctrl-C is for the trainer, which ends its workers
+        )
+        self.requests = cast(IO[bytes], self.process.stdin)
+        self.messages = cast(IO[bytes], self.process.stdout)
+        self.ready = False
+        self.task: int | None = None
+
+    def fileno(self) -> int:
+        return self.messages.fileno()
+
+    def send(self, request: dict[str, Any]) -> None:
+        with suppress(BrokenPipeError):  # it has died: `receive` will say so
+            self.requests.write(json.dumps(request).encode() + b"\n")
+            self.requests.flush()
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next message, or None: the process has ended."""
+        line = self.messages.readline()
+        return json.loads(line) if line.endswith(b"\n") else None
+
+    def end(self) -> int:
+        """Kill the process, if it still runs. Returns its exit status, negative for a signal."""
+        self.process.kill()
+        status = self.process.wait()
+        self.close_pipes()
+        return status
+
+    def close_pipes(self) -> None:
+        for pipe in (self.requests, self.messages):
+            with suppress(BrokenPipeError):
+                pipe.close()
+
+
+class WorkerPool:
+    """Workers that start when first needed and stay for the next call. For one thread at a time."""
+
+    def __init__(self):
+        self.workers: list[Worker] = []
+
+    def run(self, requests: Sequence[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+        """
+        One verdict for each request, in their order.
+
+        A request over its time limit gets the outcome "time limit". One whose worker died otherwise is tried once
+        more, since the cause may have been outside (the kernel short of memory), then gets "crash".
+
+        Args:
+            requests: each with its "timeout" in seconds.
+            size: most workers to use.
+
+        Raises:
+            RuntimeError: if workers cannot start.
+        """
+        try:
+            return _Batch(self, requests, size).run()
+        except BaseException:  # Ctrl-C too: replies to these requests must not reach the next call
+            self.close()
+            raise
+
+    def close(self) -> None:
+        while self.workers:
+            self.workers.pop().end()
+
+    def abandon(self) -> None:
+        """Forget the workers of the process that this one was forked from, without touching them."""
+        while self.workers:
+            self.workers.pop().close_pipes()
+
+
+class _Batch:
+    """The requests of one call on their way through the workers."""
+
+    def __init__(self, pool: WorkerPool, requests: Sequence[dict[str, Any]], size: int):
+        self.pool = pool
+        self.requests = requests
+        self.size = min(size, len(requests))
+        self.waiting = deque(range(len(requests)))
+        self.verdicts: dict[int, dict[str, Any]] = {}
+        self.tried_again: set[int] = set()
+        self.failed_starts = 0
+        self.patience = PATIENCE + max((request["timeout"] for request in requests), default=0.0)
+
+    def run(self) -> list[dict[str, Any]]:
+        with selectors.DefaultSelector() as self.selector:
+            for worker in self.pool.workers[: self.size]:
+                self.selector.register(worker, selectors.EVENT_READ)
+                if worker.ready:
+                    self.give(worker)
+            while len(self.selector.get_map()) < self.size:
+                self.start()
+            while len(self.verdicts) < len(self.requests):
+                self.listen()
+        return [self.verdicts[i] for i in range(len(self.requests))]
+
+    def start(self) -> None:
+        worker = Worker()
+        self.pool.workers.append(worker)
+        self.selector.register(worker, selectors.EVENT_READ)
+
+    def give(self, worker: Worker) -> None:
+        worker.task = self.waiting.popleft() if self.waiting else None
+        if worker.task is not None:
+            worker.send(self.requests[worker.task])
+
+    def listen(self) -> None:
+        heard = self.selector.select(self.patience)
+        if not heard:
+            for worker in self.pool.workers:
+                if worker.task is not None or not worker.ready:
+                    worker.process.kill()  # its end is heard next
+        for key, _ in heard:
+            worker = cast(Worker, key.fileobj)
+            message = worker.receive()
+            if message is None:
+                self.bury(worker)
+            elif not worker.ready:
+                worker.ready = True
+                self.give(worker)
+            else:
+                self.verdicts[cast(int, worker.task)] = message["verdict"]
+                if message["retire"]:
+                    self.replace(worker)
+                else:
+                    self.give(worker)
+
+    def bury(self, worker: Worker) -> None:
+        """Settle what a dead worker left behind."""
+        status = self.replace(worker)
+        if not worker.ready:
+            self.failed_starts += 1
+            if self.failed_starts == MAX_FAILED_STARTS:
+                raise RuntimeError(
+                    f"Reward workers do not start (exit status {status}): `{' '.join(worker.COMMAND)}` must work in "
+                    "this environment. What it said is above."
+                )
+        elif worker.task is not None:
+            if status == -signal.SIGALRM:
+                self.verdicts[worker.task] = {"equal": False, "outcome": "time limit"}
+            elif worker.task in self.tried_again:
+                self.verdicts[worker.task] = {"equal": False, "outcome": "crash"}
+            else:
+                self.tried_again.add(worker.task)
+                self.waiting.appendleft(worker.task)
+
+    def replace(self, worker: Worker) -> int:
+        self.selector.unregister(worker)
+        self.pool.workers.remove(worker)
+        status = worker.end()
+        self.start()
+        return status

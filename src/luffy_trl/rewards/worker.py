@@ -1,0 +1,83 @@
+"""
+One worker process: `python -m luffy_trl.rewards.worker`. Reads requests as JSON lines, answers each with one line.
+
+It limits itself: the kernel ends it when a request takes too long, also inside C code, and also when the trainer has
+died in the meantime; memory beyond the limit cannot be had. Whoever reads its answers takes end-of-file for "this
+request was too much".
+"""
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+from functools import lru_cache
+
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
+
+
+# Boxed answers first, else a formula that is announced ("the answer is $2$"); `\frac12` and `\sqrt2` are fine LaTeX
+ANSWER = LatexExtractionConfig(
+    boxed_match_priority=0,
+    try_extract_without_anchor=False,
+    normalization_config=NormalizationConfig(units=True, malformed_operators=True, nits=True),
+)
+MAX_SHOWN = 200  # characters of a parsed answer that are sent back
+
+
+def parse_answer(text: str) -> list:
+    return parse(text, extraction_config=[ANSWER], extraction_mode="first_match", parsing_timeout=None)
+
+
+@lru_cache(maxsize=4096)  # the completions of a group share their gold
+def parse_gold(gold: str) -> list:
+    return parse_answer(gold if "\\boxed" in gold else f"\\boxed{{{gold}}}")
+
+
+def judge(answer: str, gold: str) -> dict:
+    parsed_gold = parse_gold(gold)
+    if not parsed_gold:
+        return {"equal": None, "outcome": "gold not parsed"}
+    parsed = parse_answer(answer)
+    if not parsed:
+        return {"equal": False, "outcome": "no answer"}
+    equal = verify(parsed_gold, parsed, timeout_seconds=None)
+    # The last entry is the text that was taken for the answer
+    return {"equal": equal, "outcome": "equal" if equal else "different", "answer": str(parsed[-1])[:MAX_SHOWN]}
+
+
+def limit_memory(megabytes: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = megabytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def has_grown(megabytes: int) -> bool:
+    """Whether the process ever held more than half of its limit: Math-Verify's parser never forgets."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    return peak / (2**20 if sys.platform == "darwin" else 2**10) > megabytes / 2
+
+
+def main() -> None:
+    requests = sys.stdin.buffer
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    logging.disable(logging.CRITICAL)
+    print("{}", file=replies)  # ready
+    for line in requests:
+        request = json.loads(line)
+        if sys.platform != "darwin":
+            limit_memory(request["memory_limit"])
+        signal.setitimer(signal.ITIMER_REAL, request["timeout"])
+        verdict = judge(request["answer"], request["gold"])
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps({"verdict": verdict, "retire": has_grown(request["memory_limit"])}), file=replies)
+
+
+if __name__ == "__main__":
+    main()
