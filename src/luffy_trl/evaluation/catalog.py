@@ -121,7 +121,10 @@ def configure(
     process_results: Callable[[Mapping[str, Any], list], dict[str, float]],
 ) -> None:
     """Set what the command line decides. A temperature of 0 is greedy."""
-    generation = dict(task.config.generation_kwargs or {}) | {"temperature": temperature, "max_gen_toks": max_new_tokens}
+    generation = dict(task.config.generation_kwargs or {}) | {
+        "temperature": temperature,
+        "max_gen_toks": max_new_tokens,
+    }
     if temperature > 0:
         generation |= {"do_sample": True, "top_p": top_p}
     else:
