@@ -1,0 +1,5 @@
+"""The paper's evaluation on lm-evaluation-harness: `luffy-trl eval`, and the task definitions in `tasks/`."""
+
+
+class EvaluationError(ValueError):
+    """What the person who started an evaluation can put right, in one sentence."""

@@ -1,0 +1,56 @@
+"""What can be said about a model before it is loaded: that it is there, and which one it is."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from . import EvaluationError
+
+
+# Of each weight file, this much of its beginning and of its end goes into the fingerprint
+SAMPLED_BYTES = 2**20
+
+
+def check_model(model: str, model_args: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        EvaluationError: if there is no such model, in a local directory, the cache or on the Hub.
+    """
+    adapter = Path(model) / "adapter_config.json"
+    if adapter.is_file() and not (Path(model) / "config.json").is_file():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        raise EvaluationError(f"--model {model} is a LoRA adapter: give --model {base} --adapter {model}.")
+    try:
+        AutoConfig.from_pretrained(
+            model,
+            revision=model_args.get("revision", "main"),
+            trust_remote_code=bool(model_args.get("trust_remote_code", False)),
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        where = (
+            "a directory without a model" if Path(model).is_dir() else "neither a local directory nor found on the Hub"
+        )
+        raise EvaluationError(f"--model {model} is {where} ({reason})") from error
+
+
+def files_fingerprint(directory: str) -> str | None:
+    """Changes with the weights, the tokenizer or the chat template of a local directory; None for a Hub id.
+
+    Weight files are read at both ends only: training changes every part of them.
+    """
+    if not Path(directory).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(Path(directory).iterdir()):
+        if path.suffix in {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"} and path.is_file():
+            size = path.stat().st_size
+            with open(path, "rb") as file:
+                digest.update(f"{path.name} {size}\n".encode() + file.read(SAMPLED_BYTES))
+                file.seek(max(0, size - SAMPLED_BYTES))
+                digest.update(file.read(SAMPLED_BYTES))
+    return digest.hexdigest()
