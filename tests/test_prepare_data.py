@@ -1,4 +1,4 @@
-"""`luffy-trl prepare-data`: exactly the planted rows are dropped, each under its reason; nothing is lost on the way."""
+"""`luffy-trl prepare-data`: exactly the planted rows are dropped, each under its reason; nothing is lost."""
 
 import json
 import re
@@ -503,7 +503,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("luffy_trl.data.finishing.judge_math", interrupt)
-    with pytest.raises(SystemExit, match="Interrupted. Nothing was written to"):
+    with pytest.raises(SystemExit, match=r"Interrupted\. Nothing was written to"):
         prepare(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]
 

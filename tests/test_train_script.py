@@ -9,12 +9,14 @@ import accelerate.commands.config.config_args as accelerate_config
 import pandas as pd
 import pytest
 import yaml
+from datasets import Dataset
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from trl import ModelConfig, TrlParser
 
 from luffy_trl import LuffyConfig
 from luffy_trl.cli import main, train
+from luffy_trl.sft import LuffySFTConfig, to_prompt_completion
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 from luffy_trl.tasks.letter_walk_base import accuracy
 from luffy_trl.training import LuffyScriptArguments, check_arguments
@@ -22,6 +24,7 @@ from luffy_trl.training import LuffyScriptArguments, check_arguments
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+SFT_RECIPE = ROOT / "recipes" / "letter_walk_sft.yaml"
 ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 CPU = ["--use_cpu", "--bf16", "False"]
 
@@ -36,14 +39,21 @@ def run(*command, cwd=ROOT) -> subprocess.CompletedProcess:
 
 
 def test_there_are_recipes_and_configs():
-    assert len(RECIPES) >= 2
+    assert len(RECIPES) >= 13
     assert len(ACCELERATE_CONFIGS) >= 9
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_sft_recipe_parses():
+    parser = TrlParser((LuffyScriptArguments, LuffySFTConfig, ModelConfig))
+    _, training_args, _ = parser.parse_args_and_config(["--config", str(SFT_RECIPE)])
+    assert training_args.max_length is None
+    assert training_args.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("recipe", sorted({*RECIPES} - {SFT_RECIPE}), ids=lambda path: path.stem)
 def test_recipes_parse(recipe):
     parser = TrlParser((LuffyScriptArguments, LuffyConfig, ModelConfig))
-    script_args, training_args, model_args = parser.parse_args_and_config(["--config", str(recipe)])
+    script_args, training_args, model_args = parser.parse_args_and_config(["--config", str(recipe), *CPU])
     check_arguments(script_args, model_args)
     written = yaml.safe_load(recipe.read_text())
     assert training_args.num_demonstrations == written["num_demonstrations"]
@@ -286,3 +296,91 @@ def test_real_traces_and_real_problems(shared_data, tmp_path):
         if any(d[0]["content"].removeprefix("<think>\n") in fitting for d in ds)
     }
     assert table["demonstration"].sum() == len(guided)
+
+
+# SFT, then RL
+
+
+def test_sft_takes_every_demonstration_once():
+    several = [["1", "2"], [], ["3"]]
+    rows = Dataset.from_dict({"prompt": ["a", "b", "c"], "demonstrations": several, "solution": [""] * 3})
+    assert to_prompt_completion(rows).to_list() == [
+        {"prompt": "a", "completion": "1"}, {"prompt": "a", "completion": "2"}, {"prompt": "c", "completion": "3"},
+    ]  # fmt: skip
+    rows = Dataset.from_dict({"prompt": ["a", "b"], "completion": [None, "1"]})
+    assert to_prompt_completion(rows).to_list() == [{"prompt": "b", "completion": "1"}]
+    with pytest.raises(ValueError, match="A demonstration is empty"):
+        to_prompt_completion(Dataset.from_dict({"prompt": ["a"], "completion": [" "]}))
+
+
+def test_sft_then_rl(tiny_model_dir, tmp_path, capsys):
+    data = tmp_path / "walks.jsonl"
+    to_dataset(split_walks(train_size=16, test_size=1, length=4)["train"]).to_json(str(data))
+    common = ["--dataset_name", str(data), "--report_to", "none", "--max_steps", "2", "--save_strategy", "no", *CPU]
+    sft = ["sft", "--model_name_or_path", str(tiny_model_dir), "--output_dir", str(tmp_path / "sft"), *common]
+    main([*sft, "--per_device_train_batch_size", "8"])
+    assert "SFT on 16 demonstrations of 16 prompts" in capsys.readouterr().out
+    rl = ["train", "--model_name_or_path", str(tmp_path / "sft"), "--output_dir", str(tmp_path / "rl"), *common]
+    sizes = ["--num_generations", "4", "--per_device_train_batch_size", "8", "--max_completion_length", "8"]
+    main([*rl, *sizes, "--num_demonstrations", "0", "--reward_funcs", "letter_walk_reward"])
+    assert (tmp_path / "rl" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reward_funcs", "math_reward"], "--reward_funcs: SFT looks at no reward"),
+        (["--num_demonstrations", "1"], "unknown arguments: --num_demonstrations 1"),
+        (["--model_name_or_path", "m"], "--dataset_name is missing"),
+    ],
+)
+def test_wrong_flags_of_sft(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["sft", *CPU, *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# The paper's recipes
+
+
+@pytest.fixture(scope="module")
+def prepared_model(chat_model_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("paper") / "model"
+    context = ["--rope_theta", "40000", "--max_position_embeddings", "16384", "--template", "chatml", "--think"]
+    main(["prepare-model", "--model_name_or_path", str(chat_model_dir), "--output_dir", str(out), *context])
+    return out
+
+
+@pytest.fixture(scope="module")
+def published_rows(tmp_path_factory):
+    """Rows in the columns of Elliott/Openr1-Math-46k-8192."""
+    rows = [
+        {
+            "data_source": "openr1",
+            "prompt": [{"role": "system", "content": "Think."}, {"role": "user", "content": f"What is {i} + 1?"}],
+            "target": [{"role": "assistant", "content": f"<think>\n{i}+1\n</think>\n\n\\boxed{{{i + 1}}}"}],
+            "ability": "math",
+            "reward_model": {"ground_truth": str(i + 1), "style": "rule"},
+            "extra_info": {"index": i, "split": "default"},
+        }
+        for i in range(4)
+    ]
+    path = tmp_path_factory.mktemp("data") / "openr1.parquet"
+    pd.DataFrame(rows).to_parquet(path)
+    return path
+
+
+PAPER_RECIPES = [path for path in RECIPES if not path.stem.startswith("letter_walk")]
+
+
+@pytest.mark.parametrize("recipe", PAPER_RECIPES, ids=lambda path: path.stem)
+def test_the_papers_recipes_run_with_other_sizes(recipe, prepared_model, published_rows, tmp_path):
+    sizes = {
+        "model_name_or_path": prepared_model, "dataset_name": published_rows, "output_dir": tmp_path / "out",
+        "attn_implementation": "sdpa", "use_vllm": False, "per_device_train_batch_size": 8, "log_completions": False,
+        "gradient_accumulation_steps": 1, "steps_per_generation": 2, "max_steps": 2, "max_completion_length": 24,
+        "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no",
+    }  # fmt: skip
+    main(["train", "--config", str(recipe), *[str(part) for k, v in sizes.items() for part in (f"--{k}", v)]])
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -2,13 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
 
 # name: (module, function of (argv, prog) there, what it does)
 COMMANDS = {
     "train": ("luffy_trl.cli", "train", "train a model (the same as `accelerate launch train.py`, on one process)"),
+    "sft": ("luffy_trl.cli", "sft", "fine-tune on the demonstrations with TRL's SFTTrainer, the baseline"),
     "prepare-model": ("luffy_trl.prepare_model", "main", "extend a model's window, and give it a chat template"),
     "prepare-data": ("luffy_trl.data.prepare", "main", "filter a dataset, and write it as the trainer reads it"),
     "eval": ("luffy_trl.evaluation.command", "main", "evaluate a model on the paper's benchmarks, with lm-eval"),
@@ -50,29 +52,48 @@ def demo(argv: Sequence[str], prog: str) -> None:
 
 
 def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
+    from .config import LuffyConfig
+    from .training import check_arguments, run
+
+    _start(argv, prog, "Train a model with LUFFY.", LuffyConfig, check_arguments, run)
+
+
+def sft(argv: Sequence[str] | None, prog: str) -> None:
+    from .sft import LuffySFTConfig, check_sft_arguments, run_sft
+
+    _start(argv, prog, "Fine-tune a model on the demonstrations.", LuffySFTConfig, check_sft_arguments, run_sft)
+
+
+def _start(
+    argv: Sequence[str] | None, prog: str, summary: str, config_class: type, check: Callable, run: Callable
+) -> None:
     """Parse TRL-style arguments, `--config FILE.yaml` and a flag for every field, and run the training."""
+    from .stopping import RunStopped, exit_stopped
+
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     try:
-        _train(argv, prog)
+        trainer = run(*_parse(argv, prog, summary, config_class, check))
+    except RunStopped as stopped:
+        exit_stopped(stopped)
     except KeyboardInterrupt:
         print("\nInterrupted before the training began.", file=sys.stderr)
         sys.exit(INTERRUPTED_STATUS)
+    trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
+    trainer.accelerator.end_training()
 
 
-def _train(argv: list[str], prog: str) -> None:
+def _parse(argv: list[str], prog: str, summary: str, config_class: type, check: Callable) -> tuple[Any, Any, Any]:
     import yaml
     from trl import ModelConfig, TrlParser
 
-    from .config import LuffyConfig
-    from .stopping import RunStopped, exit_stopped
-    from .training import LuffyScriptArguments, check_arguments, check_output_dir, run
+    from .training import LuffyScriptArguments, check_output_dir
 
     parser = TrlParser(
-        (LuffyScriptArguments, LuffyConfig, ModelConfig),
+        (LuffyScriptArguments, config_class, ModelConfig),
         prog=prog,
         usage=f"{prog} [--config RECIPE.yaml] [--FIELD VALUE ...]",
-        description="Train a model with LUFFY. Flags override the recipe; --help lists every field.",
+        description=f"{summary} Flags override the recipe; --help lists every field.",
         allow_abbrev=False,
     )
     if argv[-1:] == ["--config"]:
@@ -84,17 +105,12 @@ def _train(argv: list[str], prog: str) -> None:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     try:
         script_args, training_args, model_args = parser.parse_args_and_config(argv)
-        check_arguments(script_args, model_args)
+        check(script_args, model_args)
         check_output_dir(training_args.output_dir)
     except (ValueError, OSError, yaml.YAMLError) as error:
         hint = " Without a GPU, add --use_cpu --bf16 False." if "use_cpu" in str(error) else ""
         parser.error(f"{error}{hint}")
-    try:
-        trainer = run(script_args, training_args, model_args)
-    except RunStopped as stopped:
-        exit_stopped(stopped)
-    trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
-    trainer.accelerator.end_training()
+    return script_args, training_args, model_args
 
 
 if __name__ == "__main__":

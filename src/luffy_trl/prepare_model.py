@@ -15,13 +15,13 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-from trl import ScriptArguments
 
 from .agreement import OPENING, disagreements
+from .data.contract import to_contract
+from .data.loading import choose_split, load_splits
 from .demonstrations import rendered_prompt
 from .report import text_table
 from .trainer import LOOKED_AT
-from .training import load_splits
 
 
 # Pickled weights are left behind: they can execute anything
@@ -181,8 +181,9 @@ def _report(args: argparse.Namespace, changed: dict[str, tuple], template: str, 
 
 
 def _first_rows(dataset_name: str) -> list[dict[str, Any]]:
-    dataset = load_splits(dataset_name, ScriptArguments(dataset_name=dataset_name), seed=0)["train"]
-    return list(dataset.take(LOOKED_AT))
+    where = f"--dataset_name {dataset_name}"
+    dataset = choose_split(load_splits(dataset_name, where), "train", where, "a dataset that has one")
+    return list(to_contract(dataset, where).take(LOOKED_AT))
 
 
 def main(argv: Sequence[str], prog: str) -> None:

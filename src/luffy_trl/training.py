@@ -62,6 +62,12 @@ class LuffyScriptArguments(ScriptArguments):
 
 def check_arguments(script_args: LuffyScriptArguments, model_args: ModelConfig) -> None:
     """Raises ValueError for arguments that do not go together, before anything is loaded."""
+    check_dataset_arguments(script_args, model_args)
+    load_reward_funcs(script_args.reward_funcs, script_args.dataset_name or EMBEDDED_TASK)
+
+
+def check_dataset_arguments(script_args: LuffyScriptArguments, model_args: ModelConfig) -> None:
+    """Raises ValueError if dataset and model do not go together, or there is no such file."""
     model_name, dataset_name = model_args.model_name_or_path, script_args.dataset_name
     if model_name is None and dataset_name is not None and dataset_name != EMBEDDED_TASK:
         raise ValueError(f"--model_name_or_path is missing: which model should be trained on {dataset_name}?")
@@ -70,7 +76,6 @@ def check_arguments(script_args: LuffyScriptArguments, model_args: ModelConfig) 
             f"--dataset_name is missing: what should {model_name} be trained on? ('letter_walk' is the embedded task.)"
         )
     check_file(dataset_name or EMBEDDED_TASK, f"--dataset_name {dataset_name}")
-    load_reward_funcs(script_args.reward_funcs, dataset_name or EMBEDDED_TASK)
 
 
 def check_output_dir(output_dir: str) -> None:
@@ -97,24 +102,18 @@ def run(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_arg
     dataset_name = script_args.dataset_name or EMBEDDED_TASK
     reward_funcs = load_reward_funcs(script_args.reward_funcs, dataset_name)
     splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
-    train_dataset = _split(splits, script_args.dataset_train_split, dataset_name)
+    train_dataset = load_split(splits, script_args.dataset_train_split, dataset_name)
     eval_dataset = None
     if training_args.eval_strategy != "no":
-        eval_dataset = _split(splits, script_args.dataset_test_split, dataset_name)
+        eval_dataset = load_split(splits, script_args.dataset_test_split, dataset_name)
 
-    model_name = model_args.model_name_or_path
-    if model_name is None:
-        # the underscore keeps it out of a push to the Hub
-        base = Path(training_args.output_dir) / f"_base-seed{training_args.seed}"
-        with PartialState().main_process_first():
-            model_name = str(load_or_pretrain(base, training_args.seed))
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
     trainer = LuffyTrainer(
-        model_name,
+        base_model(model_args.model_name_or_path, training_args.output_dir, training_args.seed),
         reward_funcs,
         training_args,
         train_dataset=train_dataset,
@@ -137,6 +136,15 @@ def run(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_arg
     if training_args.push_to_hub:
         trainer.push_to_hub(**card)
     return trainer
+
+
+def base_model(name: str | None, output_dir: str, seed: int) -> str:
+    """The model to train: the one that was named, or the embedded task's, pretrained now if it is not there."""
+    if name is not None:
+        return name
+    # the underscore keeps it out of a push to the Hub
+    with PartialState().main_process_first():
+        return str(load_or_pretrain(Path(output_dir) / f"_base-seed{seed}", seed))
 
 
 def load_reward_funcs(names: list[str] | None, dataset_name: str) -> list[Callable]:
@@ -176,7 +184,7 @@ def load_dataset_splits(name: str, script_args: ScriptArguments, seed: int) -> M
     )
 
 
-def _split(splits: Mapping[str, Dataset | IterableDataset], split: str, name: str) -> Dataset | IterableDataset:
+def load_split(splits: Mapping[str, Dataset | IterableDataset], split: str, name: str) -> Dataset | IterableDataset:
     """One split, in the columns of the data contract."""
     where = f"--dataset_name {name}"
     dataset = choose_split(splits, split, where, "--dataset_train_split and --dataset_test_split")

@@ -1,0 +1,104 @@
+"""`luffy-trl sft`: supervised fine-tuning on the same data, by TRL's SFTTrainer. The baseline, and the first half of
+SFT, then RL."""
+
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+
+from .demonstrations import demonstration_text
+from .stopping import RunStopped, StopAtStep
+from .training import (
+    EMBEDDED_TASK,
+    LuffyScriptArguments,
+    base_model,
+    check_dataset_arguments,
+    check_output_dir,
+    load_dataset_splits,
+    load_split,
+)
+
+
+@dataclass
+class LuffySFTConfig(SFTConfig):
+    """SFTConfig that cuts nothing unless it is told to."""
+
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of prompt and demonstration together, behind which rows are cut. Default None: they are "
+            "not. (TRL's own default is 1024.)"
+        },
+    )
+
+
+def check_sft_arguments(script_args: LuffyScriptArguments, model_args: ModelConfig) -> None:
+    """Raises ValueError for arguments that do not go together, before anything is loaded."""
+    check_dataset_arguments(script_args, model_args)
+    if script_args.reward_funcs:
+        raise ValueError("--reward_funcs: SFT looks at no reward.")
+
+
+def to_prompt_completion(dataset: Dataset) -> Dataset:
+    """One row for each demonstration, in the two columns that SFTTrainer reads. Prompts without one are left out."""
+
+    def explode(batch: dict[str, list]) -> dict[str, list]:
+        values = batch.get("demonstrations") or [[completion] for completion in batch["completion"]]
+        pairs = [
+            (prompt, completion)
+            for prompt, completions in zip(batch["prompt"], values, strict=True)
+            for completion in completions or []
+            if completion is not None
+        ]
+        for _, completion in pairs:
+            demonstration_text(completion, "A demonstration")  # says what is wrong with one that is none
+        return {"prompt": [prompt for prompt, _ in pairs], "completion": [completion for _, completion in pairs]}
+
+    return dataset.map(explode, batched=True, remove_columns=dataset.column_names, desc="One row a demonstration")
+
+
+def run_sft(script_args: LuffyScriptArguments, training_args: LuffySFTConfig, model_args: ModelConfig) -> SFTTrainer:
+    """Fine-tune on the demonstrations, and save the model and its tokenizer to `output_dir`.
+
+    Raises:
+        ValueError: for arguments or data that do not go together, before any training step.
+        RunStopped: after a signal, when the checkpoint is saved.
+    """
+    check_sft_arguments(script_args, model_args)
+    check_output_dir(training_args.output_dir)
+    dataset_name = script_args.dataset_name or EMBEDDED_TASK
+    splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
+    dataset = load_split(splits, script_args.dataset_train_split, dataset_name)
+    if not isinstance(dataset, Dataset):
+        raise ValueError("--dataset_streaming is for train.py; SFT reads the whole dataset.")
+    columns = [column for column in ("completion", "demonstrations") if column in dataset.column_names]
+    if len(columns) != 1:
+        raise ValueError(
+            f"--dataset_name {dataset_name} needs one of the columns `completion` and `demonstrations`, and has "
+            f"{', '.join(dataset.column_names)}."
+        )
+    rows = to_prompt_completion(dataset)
+    if len(rows) == 0:
+        raise ValueError(f"--dataset_name {dataset_name}: none of its {len(dataset)} rows has a demonstration.")
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    trainer = SFTTrainer(
+        base_model(model_args.model_name_or_path, training_args.output_dir, training_args.seed),
+        training_args,
+        train_dataset=rows,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.accelerator.print(f"SFT on {len(rows)} demonstrations of {len(dataset)} prompts")
+    with StopAtStep() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if stop.received:
+        raise RunStopped(stop.received, f"checkpoint-{trainer.state.global_step}")
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Saved the model and its tokenizer to {training_args.output_dir}")
+    return trainer
