@@ -1,5 +1,5 @@
 """
-Worker processes that may die: each works on one request at a time, and a dead one costs no other request.
+Worker processes that may die: each works on one request at a time, and a dead one costs no request but that.
 
 Why no `multiprocessing`, and nothing built on it: forking a process with CUDA threads is unsafe, and its other start
 methods import the user's script again, which a script without `if __name__ == "__main__"` does not survive. Here a
@@ -24,6 +24,7 @@ PATIENCE = (
     60.0  # seconds beyond the time limit until a silent worker is taken for stuck: it was stopped, or cannot start
 )
 MAX_FAILED_STARTS = 3
+IN_HAND = 2  # requests given to a worker: it goes on with the second while this process is busy or waits for a core
 
 
 def default_workers() -> int:
@@ -44,7 +45,7 @@ def default_workers() -> int:
 
 
 class Worker:
-    """One process, and the number of the request that it works on."""
+    """One process, and the numbers of the requests that it has, the one it works on first."""
 
     COMMAND = [sys.executable, "-P", "-m", "luffy_trl.rewards.worker"]
 
@@ -59,21 +60,23 @@ class Worker:
         )
         self.requests = cast(IO[bytes], self.process.stdin)
         self.messages = cast(IO[bytes], self.process.stdout)
+        self.partial = b""  # of a message
         self.ready = False
-        self.task: int | None = None
+        self.tasks: deque[int] = deque()
 
     def fileno(self) -> int:
         return self.messages.fileno()
 
     def send(self, request: dict[str, Any]) -> None:
         with suppress(BrokenPipeError):  # it has died: `receive` will say so
-            self.requests.write(json.dumps(request).encode() + b"\n")
+            self.requests.write(json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
             self.requests.flush()
 
-    def receive(self) -> dict[str, Any] | None:
-        """The next message, or None: the process has ended."""
-        line = self.messages.readline()
-        return json.loads(line) if line.endswith(b"\n") else None
+    def receive(self) -> list[dict[str, Any]] | None:
+        """What has arrived, or None: the process has ended. Never waits, once `select` has named this worker."""
+        chunk = os.read(self.fileno(), 2**16)
+        *lines, self.partial = (self.partial + chunk).split(b"\n")
+        return [json.loads(line) for line in lines] if chunk else None
 
     def end(self) -> int:
         """Kill the process, if it still runs. Returns its exit status, negative for a signal."""
@@ -155,53 +158,62 @@ class _Batch:
         self.selector.register(worker, selectors.EVENT_READ)
 
     def give(self, worker: Worker) -> None:
-        worker.task = self.waiting.popleft() if self.waiting else None
-        if worker.task is not None:
-            worker.send(self.requests[worker.task])
+        while self.waiting and len(worker.tasks) < IN_HAND:
+            worker.tasks.append(self.waiting.popleft())
+            worker.send(self.requests[worker.tasks[-1]])
 
     def listen(self) -> None:
         heard = self.selector.select(self.patience)
         if not heard:
             for worker in self.pool.workers:
-                if worker.task is not None or not worker.ready:
+                if worker.tasks or not worker.ready:
                     worker.process.kill()  # its end is heard next
         for key, _ in heard:
             worker = cast(Worker, key.fileobj)
-            message = worker.receive()
-            if message is None:
+            messages = worker.receive()
+            if messages is None:
                 self.bury(worker)
-            elif not worker.ready:
-                worker.ready = True
-                self.give(worker)
             else:
-                self.verdicts[cast(int, worker.task)] = message["verdict"]
-                if message["retire"]:
-                    self.replace(worker)
-                else:
-                    self.give(worker)
+                self.take(worker, messages)
+
+    def take(self, worker: Worker, messages: list[dict[str, Any]]) -> None:
+        for message in messages:
+            if worker.ready:
+                self.verdicts[worker.tasks.popleft()] = message["verdict"]
+            worker.ready = True
+        if messages and messages[-1]["retire"]:
+            self.replace(worker)
+        else:
+            self.give(worker)
 
     def bury(self, worker: Worker) -> None:
-        """Settle what a dead worker left behind."""
+        culprit = worker.tasks.popleft() if worker.tasks else None
         status = self.replace(worker)
         if not worker.ready:
             self.failed_starts += 1
             if self.failed_starts == MAX_FAILED_STARTS:
                 raise RuntimeError(
                     f"Reward workers do not start (exit status {status}): `{' '.join(worker.COMMAND)}` must work in "
-                    "this environment. What it said is above."
+                    "this environment. What they said is above."
                 )
-        elif worker.task is not None:
-            if status == -signal.SIGALRM:
-                self.verdicts[worker.task] = {"equal": False, "outcome": "time limit"}
-            elif worker.task in self.tried_again:
-                self.verdicts[worker.task] = {"equal": False, "outcome": "crash"}
-            else:
-                self.tried_again.add(worker.task)
-                self.waiting.appendleft(worker.task)
+        if culprit is not None:
+            self.settle(culprit, status)
+
+    def settle(self, task: int, status: int) -> None:
+        """Decide on the request that a worker died of."""
+        if status == -signal.SIGALRM:
+            self.verdicts[task] = {"equal": False, "outcome": "time limit"}
+        elif task in self.tried_again:
+            self.verdicts[task] = {"equal": False, "outcome": "crash"}
+        else:
+            self.tried_again.add(task)
+            self.waiting.appendleft(task)
 
     def replace(self, worker: Worker) -> int:
+        """End a worker, take back what it had, and start another. Returns its exit status."""
         self.selector.unregister(worker)
         self.pool.workers.remove(worker)
+        self.waiting.extendleft(reversed(worker.tasks))
         status = worker.end()
         self.start()
         return status

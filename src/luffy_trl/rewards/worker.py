@@ -68,7 +68,7 @@ def main() -> None:
     os.dup2(quiet, 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
-    print("{}", file=replies)  # ready
+    print(json.dumps({"retire": False}), file=replies)  # ready
     for line in requests:
         request = json.loads(line)
         if sys.platform != "darwin":
