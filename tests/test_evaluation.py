@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -325,6 +326,18 @@ def test_the_catalog_holds_the_papers_two_tables():
     assert set(catalog.benchmarks) == set(HUB_ROWS)
 
 
+def test_the_documentation_lists_the_benchmarks_as_they_are():
+    documentation = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    lines = {line.split("`")[1]: line for line in documentation.splitlines() if line.startswith("| `luffy_")}
+    assert set(lines) == set(HUB_ROWS)
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    for name, benchmark in Catalog().benchmarks.items():
+        config = manager.task_index[name].cfg
+        assert f"| {benchmark.problems:,} | {benchmark.repeats} | `{config['dataset_path']}`" in lines[name]
+        assert f"({config['test_split']})" in lines[name]
+        assert all(f"`{source}`" in lines[name] for source in benchmark.data_sources)
+
+
 def test_options_are_shuffled_the_same_everywhere():
     # as worked out once: another order would make two installations' scores differ
     text, right = shuffled_choices("Which?", ["a", "b", "c", "d"], 0)
@@ -442,6 +455,7 @@ def test_damaged_samples_are_named_and_half_written_ones_are_counted(tmp_path):
 )
 def test_samples_of_other_settings_are_never_mixed_in(flags, difference, model_dir, data_file, tmp_path, capsys):
     output = tmp_path / "out"
+    model_dir = shutil.copytree(model_dir, tmp_path / "model")
     common = {"n_samples": 1, "limit": 1, "tasks": "luffy_math500"}
     main(options(model_dir, data_file, output, **common))
     before = (output / "run.json").read_text()

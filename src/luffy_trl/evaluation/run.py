@@ -110,7 +110,7 @@ class Evaluation:
                 raise EvaluationError(f"--data_files holds no known data_source, only {', '.join(local)}.")
             tasks = {name: self.catalog.task_from_documents(name, local) for name in names}
         for name, task in tasks.items():
-            found, expected = len(task.eval_docs), self.catalog.benchmarks[name].problems
+            found, expected = len(task.task_docs), self.catalog.benchmarks[name].problems
             if found != expected:
                 self.notes.append(f"Note: {self.labels[name]} has {found} problems here; the paper's has {expected}.")
         if args.limit is not None:
@@ -124,7 +124,8 @@ class Evaluation:
         return self.args.n_samples or repeats
 
     def _documents(self, name: str) -> int:
-        documents = len(self.tasks[name].eval_docs)
+        # Not `eval_docs`, which converts the dataset anew each time
+        documents = len(self.tasks[name].task_docs)
         return documents if self.args.limit is None else min(documents, self.args.limit)
 
     def _is_wanted(self, sample: Sample) -> bool:
@@ -151,7 +152,7 @@ class Evaluation:
             "top_p": args.top_p,
             "max_new_tokens": args.max_new_tokens,
             "seed": args.seed,
-            "data": {name: fingerprint(task.eval_docs) for name, task in self.tasks.items()},
+            "data": {name: fingerprint(task.task_docs) for name, task in self.tasks.items()},
         }
 
     # Samples
