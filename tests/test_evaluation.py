@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luffy_trl.evaluation import EvaluationError, tables
-from luffy_trl.evaluation.catalog import TASKS, Catalog
+from luffy_trl.evaluation.catalog import TASKS, Catalog, configure
 from luffy_trl.evaluation.command import main
-from luffy_trl.evaluation.documents import shuffled_choices
+from luffy_trl.evaluation.documents import shuffled_choices, to_documents
 from luffy_trl.evaluation.samples import Sample, SampleStore, prompt_hash
 from luffy_trl.evaluation.scoring import judge
 from luffy_trl.evaluation.tables import Summary, summarize
@@ -139,6 +140,10 @@ def test_lengths_and_truncation_are_of_the_tokens(model_dir, data_file, tmp_path
     assert [s["response"] for s in whole] == [SAID] * 5  # greedy: one sample each, also of AIME
     assert [(s["tokens"], s["truncated"]) for s in whole] == [(len(tokenizer(SAID)["input_ids"]) + 1, False)] * 5
     assert [(s["tokens"], s["truncated"]) for s in cut] == [(10, True)] * 5
+    main(options(model_dir, data_file, tmp_path / "mixed", temperature=1.5, n_samples=8))
+    mixed = kept_samples(tmp_path / "mixed")
+    assert {s["tokens"] for s in mixed if s["response"] == SAID} == {whole[0]["tokens"]}  # beside longer ones
+    assert max(s["tokens"] for s in mixed) == 48
     results = json.loads((tmp_path / "cut" / "results.json").read_text())["tasks"]["luffy_math500"]
     assert (results["truncated"], results["unanswered"], results["score"]) == (1.0, 1.0, 0.0)
 
@@ -211,6 +216,10 @@ def test_a_finished_run_is_scored_anew_without_its_model_and_grows(model_dir, da
     assert kept_samples(output)[0]["response"] == "\\boxed{2}"
     assert len(kept_samples(output)) == 3 * 2 + 2
     assert "grown" in capsys.readouterr().out
+    main(options(model_dir, data_file, output, n_samples=1, name="grown"))  # some of them
+    assert json.loads((output / "results.json").read_text())["tasks"]["luffy_aime24"]["samples"] == 1
+    assert len(kept_samples(output)) == 3 * 2 + 2
+    assert "5 of 5 samples are kept" in capsys.readouterr().out
     main([*options(model_dir, data_file, tmp_path / "other", temperature=0), "--compare", str(output)])
     assert f"grown ({output})" in capsys.readouterr().out
 
@@ -294,6 +303,20 @@ def test_a_definition_reads_its_hub_dataset_and_scores_by_itself(name, monkeypat
     assert task.config.repeats == (32 if name in ("luffy_aime24", "luffy_aime25", "luffy_amc") else 1)
 
 
+def test_what_the_command_line_decides_reaches_the_task():
+    documents = to_documents(["1 + 1?"], ["2"])
+
+    def generation(temperature: float) -> dict:
+        task = Catalog().task_from_documents("luffy_math500", {"math": documents})
+        configure(task, 3, temperature, 0.9, 100, lambda document, results: {})
+        assert task.config.repeats == 3
+        return task.config.generation_kwargs
+
+    off = {"until": [], "repetition_penalty": 1.0, "max_gen_toks": 100}
+    assert generation(0.7) == off | {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
+    assert generation(0) == off | {"do_sample": False, "temperature": 0}
+
+
 def test_the_catalog_holds_the_papers_two_tables():
     catalog = Catalog()
     assert [catalog.benchmarks[name].label for name in catalog.groups["luffy_math"].benchmarks] == [
@@ -301,6 +324,18 @@ def test_the_catalog_holds_the_papers_two_tables():
     ]  # fmt: skip
     assert catalog.expand(["luffy_ood", "luffy_arc_c"]) == ["luffy_arc_c", "luffy_gpqa_diamond", "luffy_mmlu_pro"]
     assert set(catalog.benchmarks) == set(HUB_ROWS)
+
+
+def test_the_documentation_lists_the_benchmarks_as_they_are():
+    documentation = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    lines = {line.split("`")[1]: line for line in documentation.splitlines() if line.startswith("| `luffy_")}
+    assert set(lines) == set(HUB_ROWS)
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    for name, benchmark in Catalog().benchmarks.items():
+        config = manager.task_index[name].cfg
+        assert f"| {benchmark.problems:,} | {benchmark.repeats} | `{config['dataset_path']}`" in lines[name]
+        assert f"({config['test_split']})" in lines[name]
+        assert all(f"`{source}`" in lines[name] for source in benchmark.data_sources)
 
 
 def test_options_are_shuffled_the_same_everywhere():
@@ -420,6 +455,7 @@ def test_damaged_samples_are_named_and_half_written_ones_are_counted(tmp_path):
 )
 def test_samples_of_other_settings_are_never_mixed_in(flags, difference, model_dir, data_file, tmp_path, capsys):
     output = tmp_path / "out"
+    model_dir = shutil.copytree(model_dir, tmp_path / "model")
     common = {"n_samples": 1, "limit": 1, "tasks": "luffy_math500"}
     main(options(model_dir, data_file, output, **common))
     before = (output / "run.json").read_text()

@@ -9,39 +9,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.utils import simple_parse_args_string
 
 from . import EvaluationError, tables
-from .backends import ADAPTER_ARGUMENTS, ReportsLengths, adapter_arguments, load_backend
+from .backends import ADAPTER_ARGUMENTS, adapter_arguments
 from .catalog import Catalog, configure
 from .command import FROM_DATA
 from .documents import fingerprint, read_local
 from .generation import KeepingLM
+from .loading import kept_arguments, load_model, parse_model_args
 from .model_files import check_model, files_fingerprint
 from .samples import Sample, SampleStore
 from .scoring import Scorer
-from .templates import OWN
 
 
-DEFAULT_BATCH_SIZE = {"hf": "8", "vllm": "auto"}
 # vLLM keeps some 256 responses under way, and the longest of a chunk leave it idle: there, chunks are larger
 DEFAULT_CHUNK_SIZE = {"hf": 64, "vllm": 2048}
-
-# Change how fast samples are made, not which: a run may go on with other ones
-SPEED_ARGUMENTS = {
-    "data_parallel_size", "device_map", "distributed_executor_backend", "enable_prefix_caching", "enforce_eager",
-    "gpu_memory_utilization", "max_batch_size", "max_cpu_memory", "max_memory_per_gpu", "max_num_batched_tokens",
-    "max_num_seqs", "offload_folder", "parallelize",
-}  # fmt: skip
-# In --model_args, they would go around what is checked and kept
-OWN_FLAGS = {
-    "pretrained": "--model", "batch_size": "--batch_size", "dtype": "--dtype", "device": "--device",
-    "tensor_parallel_size": "--tensor_parallel_size", "seed": "--seed", "think_end_token": "--thought",
-}  # fmt: skip
 
 
 class Evaluation:
@@ -56,7 +41,7 @@ class Evaluation:
         self.name = args.name or Path(args.adapter or args.model).name
         self.notes: list[str] = []
         self.catalog = Catalog()
-        self.model_args = _parse_model_args(args)
+        self.model_args = parse_model_args(args)
         groups = {name: group.benchmarks for name, group in self.catalog.groups.items()}
         self.compared = tables.compared_rows(args.compare, groups)
         self.labels = {name: benchmark.label for name, benchmark in self.catalog.benchmarks.items()}
@@ -75,7 +60,7 @@ class Evaluation:
         print(self.kept(), flush=True)
         kept, wanted = self._progress()
         lm = KeepingLM(
-            None if kept == wanted else self._load_model(),  # to score anew, no model is needed
+            None if kept == wanted else load_model(self.args, self.model_args),  # to score anew, no model is needed
             self.store,
             self.args.template,
             self.args.seed,
@@ -125,7 +110,7 @@ class Evaluation:
                 raise EvaluationError(f"--data_files holds no known data_source, only {', '.join(local)}.")
             tasks = {name: self.catalog.task_from_documents(name, local) for name in names}
         for name, task in tasks.items():
-            found, expected = len(task.eval_docs), self.catalog.benchmarks[name].problems
+            found, expected = len(task.task_docs), self.catalog.benchmarks[name].problems
             if found != expected:
                 self.notes.append(f"Note: {self.labels[name]} has {found} problems here; the paper's has {expected}.")
         if args.limit is not None:
@@ -139,7 +124,8 @@ class Evaluation:
         return self.args.n_samples or repeats
 
     def _documents(self, name: str) -> int:
-        documents = len(self.tasks[name].eval_docs)
+        # Not `eval_docs`, which converts the dataset anew each time
+        documents = len(self.tasks[name].task_docs)
         return documents if self.args.limit is None else min(documents, self.args.limit)
 
     def _is_wanted(self, sample: Sample) -> bool:
@@ -151,7 +137,6 @@ class Evaluation:
     def _settings(self) -> dict[str, Any]:
         """What samples depend on."""
         args = self.args
-        model_args = {name: value for name, value in self.model_args.items() if name not in SPEED_ARGUMENTS}
         adapter = self.model_args.get(ADAPTER_ARGUMENTS[args.backend])
         return {
             "model": args.model,
@@ -160,14 +145,14 @@ class Evaluation:
             "adapter_files": files_fingerprint(adapter) if adapter else None,
             "backend": args.backend,
             "dtype": args.dtype,
-            "model_args": {name: str(value) for name, value in sorted(model_args.items())},
+            "model_args": kept_arguments(self.model_args),
             "template": args.template,
             "system_prompt": args.system_prompt,
             "temperature": args.temperature,
             "top_p": args.top_p,
             "max_new_tokens": args.max_new_tokens,
             "seed": args.seed,
-            "data": {name: fingerprint(task.eval_docs) for name, task in self.tasks.items()},
+            "data": {name: fingerprint(task.task_docs) for name, task in self.tasks.items()},
         }
 
     # Samples
@@ -179,31 +164,6 @@ class Evaluation:
             configure(task, self.repeats[name], args.temperature, args.top_p, args.max_new_tokens, results)
             if args.system_prompt == FROM_DATA:
                 task.set_config("description", "system")
-
-    def _load_model(self) -> ReportsLengths:
-        args = self.args
-        arguments: dict[str, Any] = {
-            "pretrained": args.model,
-            "dtype": args.dtype,
-            "batch_size": args.batch_size or DEFAULT_BATCH_SIZE[args.backend],
-        }
-        if args.backend == "hf":
-            arguments["device"] = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        else:
-            arguments |= {"tensor_parallel_size": args.tensor_parallel_size, "seed": args.seed}
-        try:
-            backend = load_backend(args.backend, arguments | self.model_args)
-        except (OSError, ValueError, TypeError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise EvaluationError(
-                f"--model {args.model} could not be loaded by lm-eval's {args.backend}: {reason}"
-            ) from error
-        if args.template == OWN and not backend.tokenizer.chat_template:
-            raise EvaluationError(
-                f"{args.model} has no chat template: choose --template plain, qwen_math or r1_zero, or add one with "
-                "luffy-trl prepare-model."
-            )
-        return backend
 
     def _score(self, requests: Sequence[Instance]) -> None:
         documents: dict[str, dict[int, Mapping[str, Any]]] = {name: {} for name in self.tasks}
@@ -275,16 +235,3 @@ class Evaluation:
         directory = Path(self.args.output_dir)
         (directory / tables.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (directory / "results.md").write_text(f"# {self.name}\n\n{markdown}\n", encoding="utf-8")
-
-
-def _parse_model_args(args: argparse.Namespace) -> dict[str, Any]:
-    for part in filter(None, args.model_args.split(",")):
-        key = part.split("=")[0].strip()
-        if "=" not in part:
-            raise EvaluationError(f"--model_args {part}: expected KEY=VALUE,KEY=VALUE.")
-        if key in OWN_FLAGS:
-            raise EvaluationError(f"--model_args {key}: use {OWN_FLAGS[key]}.")
-    model_args = simple_parse_args_string(args.model_args)
-    if args.adapter and ADAPTER_ARGUMENTS[args.backend] in model_args:
-        raise EvaluationError("--adapter and an adapter in --model_args: give one of them.")
-    return model_args
