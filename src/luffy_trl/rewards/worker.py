@@ -9,10 +9,13 @@ request was too much".
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import sys
 from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
@@ -24,10 +27,33 @@ ANSWER = LatexExtractionConfig(
     try_extract_without_anchor=False,
     normalization_config=NormalizationConfig(units=True, malformed_operators=True, nits=True),
 )
+# Between two boxes that are one answer: "\\boxed{1} or $x = \\boxed{2}$"
+JOINED = re.compile(r"[\s$]*(?:,|;|and|or|, and|, or)[\s$]*(?:\w+\s*=\s*)?")
+MAX_GAP = 40  # characters; a longer gap joins nothing
 MAX_SHOWN = 200  # characters of a parsed answer that are sent back
+MAX_SERVED = 5000  # requests, some 50 MB of growth
+HAS_MEMORY_LIMIT = sys.platform == "linux"  # macOS takes the limit and ignores it
+
+
+def from_last_box(text: str) -> str:
+    """The text from its last box on, with those before it that "and", "or" or a comma join to it.
+
+    Math-Verify would take all boxes of a text for one answer, also those that it goes on to correct.
+    """
+    starts = [match.start() for match in re.finditer(r"\\boxed\b", text)]
+    if len(starts) < 2:
+        return text
+    answer = text[starts[-1] :]
+    for start, following in reversed(list(pairwise(starts))):
+        box, _, gap = text[start:following].rpartition("}")
+        if not JOINED.fullmatch(gap[:MAX_GAP]):
+            break
+        answer = f"{box}}}, {answer}"
+    return answer
 
 
 def parse_answer(text: str) -> list:
+    text = from_last_box(text)
     return parse(text, extraction_config=[ANSWER], extraction_mode="first_match", parsing_timeout=None)
 
 
@@ -54,10 +80,12 @@ def limit_memory(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-def has_grown(megabytes: int) -> bool:
-    """Whether the process ever held more than half of its limit: Math-Verify's parser never forgets."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
-    return peak / (2**20 if sys.platform == "darwin" else 2**10) > megabytes / 2
+def is_spent(served: int, memory_limit: int) -> bool:
+    """Whether another worker should take over: Math-Verify's parser keeps something of all that it has ever read."""
+    if not HAS_MEMORY_LIMIT:
+        return served == MAX_SERVED
+    pages = int(Path("/proc/self/statm").read_text().split()[0])  # of address space, which is what is limited
+    return served == MAX_SERVED or pages * resource.getpagesize() > memory_limit * 2**20 / 2
 
 
 def main() -> None:
@@ -69,14 +97,14 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
     print(json.dumps({"retire": False}), file=replies)  # ready
-    for line in requests:
+    for served, line in enumerate(requests, start=1):
         request = json.loads(line)
-        if sys.platform != "darwin":
+        if HAS_MEMORY_LIMIT:
             limit_memory(request["memory_limit"])
         signal.setitimer(signal.ITIMER_REAL, request["timeout"])
         verdict = judge(request["answer"], request["gold"])
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps({"verdict": verdict, "retire": has_grown(request["memory_limit"])}), file=replies)
+        print(json.dumps({"verdict": verdict, "retire": is_spent(served, request["memory_limit"])}), file=replies)
 
 
 if __name__ == "__main__":
