@@ -8,7 +8,7 @@ SEED ?= 0
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test test-vllm bench lint format clean
+.PHONY: help demo test test-vllm bench lint format docs build clean
 
 help:
 	@echo "make demo [SEED=0]  compare GRPO, LUFFY and SFT on the embedded task; results in outputs/demo"
@@ -17,6 +17,8 @@ help:
 	@echo "make bench          the update phase and whole steps against TRL's; results in benchmarks/results"
 	@echo "make lint           ruff and mypy"
 	@echo "make format         let ruff format and fix"
+	@echo "make docs           the site of docs/ into build/site, strict"
+	@echo "make build          a wheel and a source archive into dist"
 	@echo "make clean          remove the virtual environment, caches and outputs"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -67,5 +69,23 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site reads the source and imports none of it: an environment without torch
+$(VENV)-docs/installed: docs/requirements.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
+
+docs: $(VENV)-docs/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+$(VENV)-build/installed:
+	$(PYTHON) -m venv $(VENV)-build
+	$(VENV)-build/bin/python -m pip install --quiet --disable-pip-version-check build==1.6.1
+	touch $@
+
+build: $(VENV)-build/installed
+	$(VENV)-build/bin/python -m build --outdir dist
+
 clean:
-	rm -rf $(VENV) $(VENV)-vllm outputs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-docs $(VENV)-build build dist outputs .pytest_cache .ruff_cache .mypy_cache

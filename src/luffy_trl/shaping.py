@@ -23,19 +23,23 @@ Shaping = Callable[[torch.Tensor, float, float], torch.Tensor]
 
 
 def regularized(log_ratio: torch.Tensor, gamma: float, exponent: float) -> torch.Tensor:
+    """r / (r + gamma), the paper's. `exponent` is not used."""
     # r / (r + gamma) = 1 / (1 + gamma / r), a sigmoid in log r: no overflow for any ratio
     return torch.sigmoid(log_ratio - math.log(gamma))
 
 
 def identity(log_ratio: torch.Tensor, gamma: float, exponent: float) -> torch.Tensor:
+    """r itself. Neither constant is used."""
     return torch.exp(log_ratio)
 
 
 def power(log_ratio: torch.Tensor, gamma: float, exponent: float) -> torch.Tensor:
+    """r ** exponent. `gamma` is not used."""
     return torch.exp(exponent * log_ratio)
 
 
 def log(log_ratio: torch.Tensor, gamma: float, exponent: float) -> torch.Tensor:
+    """log r. Neither constant is used."""
     return log_ratio
 
 

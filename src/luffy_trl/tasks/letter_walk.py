@@ -40,6 +40,8 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Walk:
+    """A problem: a start letter and shifts, with its prompt, its demonstration and its answer."""
+
     start: str
     shifts: tuple[int, ...]
 
@@ -55,13 +57,16 @@ class Walk:
 
     @property
     def answer(self) -> str:
+        """The letter reached."""
         return self.letters[-1]
 
     @property
     def demonstration(self) -> str:
+        """Every letter of the walk, then the answer."""
         return f"{';'.join(self.letters)}#{self.answer}"
 
     def prompt(self, trigger: str = AT_ONCE) -> str:
+        """The problem under a trigger, `STEP_BY_STEP` or `AT_ONCE`; all prompts have one length."""
         shifts = "".join(f"{shift:+d}" for shift in self.shifts)
         return f"{trigger}{self.start}{shifts.ljust(2 * (MAX_LENGTH - 1), '.')}:"
 
