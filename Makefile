@@ -8,7 +8,7 @@ SEED ?= 0
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test test-vllm bench lint format docs build clean
+.PHONY: help demo test test-vllm bench lint format docs notebooks build clean
 
 help:
 	@echo "make demo [SEED=0]  compare GRPO, LUFFY and SFT on the embedded task; results in outputs/demo"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint           ruff and mypy"
 	@echo "make format         let ruff format and fix"
 	@echo "make docs           the site of docs/ into build/site, strict"
+	@echo "make notebooks      run the notebooks from top to bottom, on a CPU"
 	@echo "make build          a wheel and a source archive into dist"
 	@echo "make clean          remove the virtual environment, caches and outputs"
 
@@ -78,6 +79,13 @@ $(VENV)-docs/installed: docs/requirements.txt
 docs: $(VENV)-docs/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
+
+$(VENV)/installed-notebooks: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks,peft]'
+	touch $@
+
+notebooks: $(VENV)/installed-notebooks
+	$(BIN)/python notebooks/run.py
 
 $(VENV)-build/installed:
 	$(PYTHON) -m venv $(VENV)-build

@@ -57,6 +57,13 @@ def test_each_example_is_run_or_says_what_it_needs(page):
             )
 
 
+def test_the_rewards_example_is_a_reward():
+    [(_, _, _, code)] = blocks(DOCS / "rewards.md")
+    names: dict = {}
+    exec(code, names)
+    assert names["reward"](["It is \\boxed{56}"], solution=["56"]) == [1.0]
+
+
 @pytest.mark.slow
 def test_the_quickstart_goes_from_a_table_to_a_trained_model(tmp_path):
     """As printed, but for a tiny model, the CPU and fewer steps."""
@@ -67,7 +74,7 @@ def test_the_quickstart_goes_from_a_table_to_a_trained_model(tmp_path):
         if kind:
             continue
         code = code.replace("Qwen/Qwen2.5-0.5B-Instruct", "model").replace("\\\n", " ")
-        code = code.replace("--max_steps 40", "--max_steps 1 --use_cpu --bf16 False").replace("256", "16")
+        code = code.replace("--max_steps 40", "--max_steps 1 --use_cpu --bf16 False").replace("256", "64")
         code = re.sub(r"^luffy-trl ", f"{shlex.quote(sys.executable)} -m luffy_trl.cli ", code, flags=re.MULTILINE)
         command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
         result = subprocess.run(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.specifiers import SpecifierSet
 
 
-__version__ = version("luffy_trl")
+__version__ = "0.1.0"
 __all__ = ["LuffyConfig", "LuffyTrainer", "__version__"]
 
 # The trainer overrides methods that TRL may change in any minor release
