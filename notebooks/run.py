@@ -1,4 +1,4 @@
-"""Run the notebooks from top to bottom, and fail on the first error: python notebooks/run.py [--save] [NOTEBOOK ...]"""
+"""Run the notebooks from top to bottom, and fail on the first error."""
 
 import argparse
 import os
