@@ -46,7 +46,7 @@ ENDPOINTS = {
     "resolve": ("GET", rf"(/(?P<type>dataset)s)?/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
 }
 # What a push goes through, in this order
-PUSH_ENDPOINTS = ("create", "branch", "info", "validate", "preupload", "batch", "put", "verify", "commit")
+PUSH_ENDPOINTS = ("create", "branch", "info", "tree", "validate", "preupload", "batch", "put", "verify", "commit")
 
 
 @dataclass
@@ -143,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_) -> None:
         pass
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.answer(self.command)
 
     do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
@@ -154,11 +154,13 @@ class Handler(BaseHTTPRequestHandler):
             self.body = b"".join(self.chunks())
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        for name, (wanted, pattern) in ENDPOINTS.items():
-            match = re.fullmatch(pattern, url.path)
-            if match and wanted == ("GET" if method == "HEAD" else method):
-                break
-        else:
+        matches = (
+            (name, re.fullmatch(pattern, url.path))
+            for name, (wanted, pattern) in ENDPOINTS.items()
+            if wanted == ("GET" if method == "HEAD" else method)
+        )
+        name, match = next((pair for pair in matches if pair[1]), ("", None))
+        if match is None:
             return self.send(404, {"error": f"no such endpoint: {method} {url.path}"})
         with self.hub.lock:
             self.hub.calls[name] += 1

@@ -9,6 +9,7 @@ from importlib import import_module
 # name: (module, function of (argv, prog) there, what it does)
 COMMANDS = {
     "train": ("luffy_trl.cli", "train", "train a model (the same as `accelerate launch train.py`, on one process)"),
+    "push": ("luffy_trl.push", "main", "push an output directory to the Hub, or what a run could not push"),
     "prepare-model": ("luffy_trl.prepare_model", "main", "extend a model's window, and give it a chat template"),
     "demo": ("luffy_trl.cli", "demo", "compare GRPO, LUFFY and SFT on the embedded task, on a CPU"),
 }
@@ -58,6 +59,8 @@ def _train(argv: list[str], prog: str) -> None:
     from trl import ModelConfig, TrlParser
 
     from .config import LuffyConfig
+    from .recipe import shown_command
+    from .redact import known_secrets
     from .training import LuffyScriptArguments, check_arguments, run
 
     parser = TrlParser(
@@ -80,8 +83,8 @@ def _train(argv: list[str], prog: str) -> None:
     except (ValueError, OSError, yaml.YAMLError) as error:
         hint = " Without a GPU, add --use_cpu --bf16 False." if "use_cpu" in str(error) else ""
         parser.error(f"{error}{hint}")
-    trainer = run(script_args, training_args, model_args)
-    trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
+    command = shown_command([prog, *argv], known_secrets(training_args.hub_token))
+    trainer = run(script_args, training_args, model_args, command)
     trainer.accelerator.end_training()
 
 

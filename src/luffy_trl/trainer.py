@@ -30,6 +30,7 @@ from .demonstrations import (
     DemonstrationEncoder,
     place_demonstrations,
 )
+from .hub_trainer import HubTrainer
 from .objective import off_policy_loss, token_denominator
 
 
@@ -51,7 +52,7 @@ LOOKED_AT = 100
 SOLVED_REWARD = 1.0
 
 
-class LuffyTrainer(GRPOTrainer):
+class LuffyTrainer(HubTrainer):
     """
     GRPO with demonstrations in each group (LUFFY, arXiv 2504.14945). With `num_demonstrations=0` it is `GRPOTrainer`.
 
@@ -64,7 +65,8 @@ class LuffyTrainer(GRPOTrainer):
     - `_get_per_token_logps_and_entropies`: packs the forward pass, leaves demonstrations out where nobody needs them,
       and keeps the last result for the off-policy term;
     - `_compute_loss`: shows TRL the rollouts' tokens alone and adds the off-policy term;
-    - `log`: adds `on_policy/*`, `off_policy/*` and `groups/*`.
+    - `log`: adds `on_policy/*`, `off_policy/*` and `groups/*`;
+    - what is pushed to the Hub, and the model card: see [`~luffy_trl.hub_trainer.HubTrainer`], its parent.
 
     Takes the arguments of `GRPOTrainer`, with `args` a [`LuffyConfig`]. The data contract of `train_dataset` is in
     `luffy_trl.demonstrations`. Evaluation has no demonstrations.

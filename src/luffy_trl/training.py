@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 from accelerate import PartialState
@@ -13,6 +14,9 @@ from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format
 
 from .config import LuffyConfig
 from .imports import import_function
+from .model_card import CardFacts
+from .recipe import as_yaml, given_fields
+from .redact import known_secrets
 from .tasks.letter_walk import letter_walk_reward, split_walks, to_dataset
 from .tasks.letter_walk_base import load_or_pretrain
 from .trainer import LuffyTrainer
@@ -68,13 +72,19 @@ def check_arguments(script_args: LuffyScriptArguments, model_args: ModelConfig) 
     load_reward_funcs(script_args.reward_funcs, dataset_name or EMBEDDED_TASK)
 
 
-def run(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig) -> LuffyTrainer:
+def run(
+    script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig, command: str | None = None
+) -> LuffyTrainer:
     """Train, save the model, its tokenizer and its card to `output_dir`, and push them if asked to.
+
+    Args:
+        command: the command line for the card, without secrets.
 
     Raises:
         ValueError: for arguments or data that do not go together, before any training step.
     """
     check_arguments(script_args, model_args)
+    facts = card_facts(script_args, training_args, model_args, command)
     dataset_name = script_args.dataset_name or EMBEDDED_TASK
     reward_funcs = load_reward_funcs(script_args.reward_funcs, dataset_name)
     dataset = load_splits(dataset_name, script_args, seed=training_args.seed)
@@ -103,17 +113,40 @@ def run(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_arg
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    trainer.card_facts = facts
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
-    trainer.save_model(training_args.output_dir)
     # Only a dataset of the Hub can be linked to
     on_hub = dataset_name != EMBEDDED_TASK and not Path(dataset_name).exists()
-    card = {"model_name": Path(training_args.output_dir).name, "dataset_name": dataset_name if on_hub else None}
-    trainer.create_model_card(**card)
-    trainer.accelerator.print(f"Saved the model, its tokenizer and its card to {training_args.output_dir}")
+    card: dict[str, Any] = {
+        "model_name": Path(training_args.output_dir).name,
+        "dataset_name": dataset_name if on_hub else None,
+    }
+    commit = None
     if training_args.push_to_hub:
-        trainer.push_to_hub(**card)
+        commit = trainer.push_to_hub(**card)  # saves as below, before
+    else:
+        trainer.save_model(training_args.output_dir)
+        trainer.create_model_card(**card)
+        trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
+    trainer.accelerator.print(f"Saved the model, its tokenizer and its card to {training_args.output_dir}")
+    if commit is not None:
+        trainer.accelerator.print(f"Pushed them to {commit.repo_url}")
     return trainer
+
+
+def card_facts(
+    script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig, command: str | None
+) -> CardFacts:
+    """What the model card says about the arguments. To be asked before `run` changes any of them."""
+    name = script_args.dataset_name or EMBEDDED_TASK
+    data = None
+    if name == EMBEDDED_TASK:
+        data = "The data is the embedded letter walk, which `luffy_trl` generates."
+    elif Path(name).exists():
+        data = f"The data is `{Path(name).name}`, which is not on the Hub."
+    given = given_fields(model_args) | given_fields(script_args) | training_args.given
+    return CardFacts(data, as_yaml(given, known_secrets(training_args.hub_token)), command)
 
 
 def load_reward_funcs(names: list[str] | None, dataset_name: str) -> list[Callable]:

@@ -1,0 +1,159 @@
+"""`luffy-trl push OUTPUT_DIR`: push what a run left on disk, and what it could not push itself."""
+
+import argparse
+import dataclasses
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import disable_progress_bars
+
+from .hub import MODEL, Push, PushError, SourceGoneError, Uploaded, branch_of, explain, has_weights, push_once_or_again
+from .hub_queue import Record, same_place
+
+
+EPILOG = (
+    "It needs a token that may write: `hf auth login`, or HF_TOKEN. Pushing again pushes only what differs. Optimizer "
+    "states are pushed only where a run with hub_strategy checkpoint or all_checkpoints could not."
+)
+
+
+def main(argv: Sequence[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog, allow_abbrev=False, description="Push an output directory to the Hub.", epilog=EPILOG
+    )
+    parser.add_argument("output_dir", type=Path, help="of a finished or interrupted run")
+    parser.add_argument("--repo_id", help="OWNER/NAME or NAME; default: the run's, or the directory's name")
+    parser.add_argument("--revision", help="branch to push to; default: the run's, or main")
+    parser.add_argument("--private", action="store_true", help="if the repository has to be created")
+    parser.add_argument("--checkpoint", metavar="N|all", help="push checkpoint N as the branch step-N, or all of them")
+    parser.add_argument("--tag", help="name what was pushed")
+    parser.add_argument("--merge", action="store_true", help="push the adapter merged into its base")
+    parser.add_argument(
+        "--retry_seconds", type=float, default=300.0, help="how long lost connections are tried again (default: 300)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        check(args)
+        record = Record(args.output_dir)
+        asked = pushes_asked_for(args, record)
+    except ValueError as error:
+        parser.error(str(error))
+    # Its own words are "HTTP Error 500 thrown while ...", for each attempt
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    disable_progress_bars()
+    try:
+        failed = push_all(args, record, asked)
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. Run the same command again: what was pushed is not pushed twice.")
+    if failed:
+        sys.exit(f"{prog}: error: {failed} of {len(asked)} not pushed, see above. Run the same command again later.")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for arguments that cannot work."""
+    if not args.output_dir.is_dir():
+        raise ValueError(f"{args.output_dir}: there is no such directory.")
+    if args.checkpoint not in (None, "all") and not args.checkpoint.isdigit():
+        raise ValueError(f"--checkpoint {args.checkpoint} is neither a step nor 'all'.")
+    if args.checkpoint == "all" and (args.revision or args.tag):
+        name = "revision" if args.revision else "tag"
+        raise ValueError(f"--{name} names one push, and --checkpoint all makes several. Give one --checkpoint N.")
+    if args.retry_seconds < 0:
+        raise ValueError(f"--retry_seconds {args.retry_seconds} must be 0 or more.")
+
+
+def checkpoints(output_dir: Path) -> list[str]:
+    """Names of the checkpoints that have weights and were written to their end, oldest first."""
+    names = [path.name for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    names.sort(key=lambda name: int(name.removeprefix("checkpoint-")))
+    return [
+        name
+        for name in names
+        if has_weights(output_dir / name) and (output_dir / name / "trainer_state.json").is_file()
+    ]
+
+
+def pushes_asked_for(args: argparse.Namespace, record: Record) -> list[Push]:
+    """The model, or the checkpoints that were named, and, without any choice, all that the run could not push.
+
+    Raises:
+        ValueError: if there is nothing to push.
+    """
+    run = record.model or Push(MODEL, args.output_dir.absolute().name)
+    base = dataclasses.replace(
+        run,
+        repo_id=args.repo_id or run.repo_id,
+        revision=args.revision or run.revision,
+        private=True if args.private else run.private,
+        merge=args.merge or run.merge,
+    )
+    known = checkpoints(args.output_dir)
+    if args.checkpoint:
+        wanted = known if args.checkpoint == "all" else [f"checkpoint-{args.checkpoint}"]
+        if not wanted or not set(wanted) <= set(known):
+            listed = ", ".join(name.removeprefix("checkpoint-") for name in known) or "none"
+            raise ValueError(f"--checkpoint {args.checkpoint}: whole checkpoints in {args.output_dir}: {listed}.")
+        return [
+            dataclasses.replace(base, source=name, revision=args.revision or branch_of(name), message=f"Step {name}")
+            for name in wanted
+        ]
+    if not has_weights(args.output_dir) and not known:
+        raise ValueError(f"{args.output_dir} holds neither a model nor a whole checkpoint.")
+    model = base if has_weights(args.output_dir) else dataclasses.replace(base, source=known[-1])
+    if args.repo_id or args.revision:
+        return [model]
+    others = [push for push in record.missing if (push.repo_type, push.revision, push.folder) != ("model", None, "")]
+    return [model, *(push for push in others if push.revision != model.revision or push.folder)]
+
+
+def push_all(args: argparse.Namespace, record: Record, pushes: Sequence[Push]) -> int:
+    """Push one after another, say what happened, and return how many failed."""
+    api = HfApi()
+    failed = 0
+    for push in pushes:
+        try:
+            uploaded = push_once_or_again(
+                api, args.output_dir, push, seconds=args.retry_seconds, say=lambda text: print(text, flush=True)
+            )
+            print(describe(push, uploaded), flush=True)
+            forget(record, push)
+            if args.tag and push is pushes[0]:
+                tag(api, uploaded, args.tag)
+        except SourceGoneError as error:
+            forget(record, push)
+            print(f"Cannot be pushed any more: {push}: {error}.", flush=True)
+            failed += 1
+        except PushError as error:
+            print(f"Not pushed: {push}: {error}.", flush=True)
+            failed += 1
+    return failed
+
+
+def describe(push: Push, uploaded: Uploaded) -> str:
+    names = ", ".join(uploaded.files)
+    state = f"Pushed {push}: {names}" if uploaded.is_new else f"Already there: {push}: {names}"
+    left_out = "".join(f"\n  {name} was left out: a token, key or password stands in it" for name in uploaded.left_out)
+    return f"{state}{left_out}\n  {uploaded.url}"
+
+
+def forget(record: Record, push: Push) -> None:
+    """Take the push, and others to its place, from what is missing."""
+    record.missing = {other: why for other, why in record.missing.items() if not same_place(other, push)}
+    record.save()
+
+
+def tag(api: HfApi, uploaded: Uploaded, name: str) -> None:
+    """Raises PushError if the name stands for another commit already."""
+    try:
+        there = {ref.name: ref.target_commit for ref in api.list_repo_refs(uploaded.repo_id).tags}
+        if there.get(name, uploaded.commit.oid) != uploaded.commit.oid:
+            raise PushError(f"the tag {name} exists already, for another commit. Choose another name")
+        if name not in there:
+            api.create_tag(uploaded.repo_id, tag=name, revision=uploaded.commit.oid)
+    except Exception as error:
+        raise explain(error) from error
+    print(f"  tagged {name}", flush=True)
