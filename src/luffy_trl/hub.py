@@ -4,6 +4,7 @@ A [`Push`] says what goes where, and can be kept for later as JSON. `upload` doe
 a lost or busy connection broke, within a bounded time. Nothing here knows of a trainer.
 """
 
+import json
 import shutil
 import tempfile
 import time
@@ -87,7 +88,7 @@ class Uploaded:
     url: str
     commit: CommitInfo
     files: list[str]
-    left_out: list[str]  # files in which a secret stands
+    notes: list[str]  # sentences that the person should read
     is_new: bool  # False: all of it was there already
 
 
@@ -167,8 +168,11 @@ def upload(api: HfApi, output_dir: Path, push: Push, directory: Path) -> Uploade
         revision=push.revision,
         repo_type=kind,
     )
+    notes = [f"{name} was left out: a token, key or password of this machine stands in it." for name in left_out]
+    if push.source == MODEL and (base := local_base(directory)) is not None:
+        notes.append(f"The adapter's base is the local directory {base}, which others do not have: see --merge.")
     url = f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
-    return Uploaded(repo_id, url, commit, sorted(added), left_out, is_new=commit.oid != before)
+    return Uploaded(repo_id, url, commit, sorted(added), notes, is_new=commit.oid != before)
 
 
 def _replaced(push: Push, there: list[str]) -> list[str]:
@@ -241,6 +245,15 @@ def check_weights(directory: Path) -> None:
             empty = [key for key in tensors.keys() if 0 in tensors.get_slice(key).get_shape()]  # noqa: SIM118
             if empty or not tensors.keys():
                 raise PushError(f"{path} holds empty weights ({', '.join(empty[:2]) or 'no tensor at all'})")
+
+
+def local_base(directory: Path) -> str | None:
+    """The directory of an adapter's base, if it is one of this machine."""
+    config = directory / "adapter_config.json"
+    if not config.is_file():
+        return None
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return base if base and Path(base).is_dir() else None
 
 
 @contextmanager

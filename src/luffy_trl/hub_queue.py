@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import shutil
 import threading
 from dataclasses import asdict
@@ -45,10 +46,12 @@ class Record:
 
 
 def same_place(push: Push, other: Push) -> bool:
-    """Whether one takes the other's place on the Hub."""
-    return (push.repo_id, push.repo_type, push.revision, push.folder) == (
-        other.repo_id, other.repo_type, other.revision, other.folder,
-    )  # fmt: skip
+    """Whether one takes the other's place on the Hub. A name without its owner is taken for the one with it."""
+    owner, _, name = push.repo_id.rpartition("/")
+    other_owner, _, other_name = other.repo_id.rpartition("/")
+    same_repo = name == other_name and (owner == other_owner or not owner or not other_owner)
+    place = (push.repo_type, push.revision or "main", push.folder)
+    return same_repo and place == (other.repo_type, other.revision or "main", other.folder)
 
 
 def what_is_missing(output_dir: Path) -> str | None:
@@ -61,8 +64,8 @@ def what_is_missing(output_dir: Path) -> str | None:
         [
             "Not pushed to the Hub:",
             *lines,
-            f"It is all in {output_dir}. This pushes it:",
-            f"  luffy-trl push {output_dir}",
+            f"This pushes what is in {output_dir}:",
+            f"  luffy-trl push {shlex.quote(str(output_dir))}",
         ]
     )
 
@@ -160,8 +163,8 @@ class PushQueue:
             logger.warning(f"Not pushed: {push}: {problem}. The run goes on; it is kept for later.")
             self._note({push: str(problem)})
         else:
-            for name in self.uploaded[push].left_out:
-                logger.warning(f"{name} was not pushed: a token, key or password of this machine stands in it.")
+            for note in self.uploaded[push].notes:
+                logger.warning(note)
             self._note(done=push)
 
     def _note(self, missing: dict[Push, str] | None = None, done: Push | None = None) -> None:

@@ -160,7 +160,7 @@ class HubTrainer(GRPOTrainer):
             return
         self._pushes.finish()
         if missing := len(self._pushes.record.missing):
-            logger.warning(f"Missing on the Hub so far: {missing}. `luffy-trl push {self.args.output_dir}` pushes it.")
+            logger.warning(f"Missing on the Hub so far: {missing}. `luffy-trl push` can do it later.")
 
     def create_model_card(
         self,

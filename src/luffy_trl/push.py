@@ -98,7 +98,7 @@ def pushes_asked_for(args: argparse.Namespace, record: Record) -> list[Push]:
             listed = ", ".join(name.removeprefix("checkpoint-") for name in known) or "none"
             raise ValueError(f"--checkpoint {args.checkpoint}: whole checkpoints in {args.output_dir}: {listed}.")
         return [
-            dataclasses.replace(base, source=name, revision=args.revision or branch_of(name), message=f"Step {name}")
+            dataclasses.replace(base, source=name, revision=args.revision or branch_of(name), message=f"Upload {name}")
             for name in wanted
         ]
     if not has_weights(args.output_dir) and not known:
@@ -106,8 +106,7 @@ def pushes_asked_for(args: argparse.Namespace, record: Record) -> list[Push]:
     model = base if has_weights(args.output_dir) else dataclasses.replace(base, source=known[-1])
     if args.repo_id or args.revision:
         return [model]
-    others = [push for push in record.missing if (push.repo_type, push.revision, push.folder) != ("model", None, "")]
-    return [model, *(push for push in others if push.revision != model.revision or push.folder)]
+    return [model, *(push for push in record.missing if not same_place(push, model))]
 
 
 def push_all(args: argparse.Namespace, record: Record, pushes: Sequence[Push]) -> int:
@@ -136,8 +135,7 @@ def push_all(args: argparse.Namespace, record: Record, pushes: Sequence[Push]) -
 def describe(push: Push, uploaded: Uploaded) -> str:
     names = ", ".join(uploaded.files)
     state = f"Pushed {push}: {names}" if uploaded.is_new else f"Already there: {push}: {names}"
-    left_out = "".join(f"\n  {name} was left out: a token, key or password stands in it" for name in uploaded.left_out)
-    return f"{state}{left_out}\n  {uploaded.url}"
+    return "\n  ".join([state, *uploaded.notes, uploaded.url])
 
 
 def forget(record: Record, push: Push) -> None:
