@@ -138,9 +138,10 @@ def runs_with_faults(hub: HubServer, model_dir: str, directory: Path) -> None:
         hub.fault(endpoint, **FAULTS[name])
         # seeds: other weights each time, or the Hub would have them already
         options = {"hub_checkpoint_revisions": True, "hub_retry_seconds": 0, "seed": i}
-        result = train(model_dir, directory / endpoint, **options)
+        output_dir = directory / f"run-{i}"  # the client takes a repository named "commit" for a part of its protocol
+        result = train(model_dir, output_dir, **options)
         hub.faults.clear()
-        result |= {"status": push_later(directory / endpoint), "pushed": is_pushed(hub, directory / endpoint)}
+        result |= {"status": push_later(output_dir), "pushed": is_pushed(hub, output_dir)}
         report(kind="run", endpoint=endpoint, fault=name, **result)
 
 
@@ -150,7 +151,9 @@ def run_that_recovers(hub: HubServer, model_dir: str, directory: Path) -> None:
     hub.fault("commit", status=429, retry_after=1, times=1)
     hub.fault("put", status=500, times=1)
     result = train(model_dir, directory / "recovers", hub_checkpoint_revisions=True, hub_retry_seconds=60)
-    report(kind="recovers", calls=hub.calls, pushed=is_pushed(hub, directory / "recovers"), **result)
+    left = [max(fault.times, 0) for fault in hub.faults.values()]
+    hub.faults.clear()
+    report(kind="recovers", faults_left=left, pushed=is_pushed(hub, directory / "recovers"), **result)
 
 
 def load_again(hub: HubServer, directory: Path) -> None:

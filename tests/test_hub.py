@@ -110,7 +110,7 @@ def test_a_run_recovers_from_faults_that_pass(cases):
     assert case["missing"] == []
     assert case["committed"]
     assert case["pushed"]
-    assert case["calls"]["commit"] == 1 + 4  # one fault; two checkpoints on main and on their branches
+    assert case["faults_left"] == [0, 0, 0, 0]
 
 
 @pytest.mark.slow
@@ -220,7 +220,7 @@ def test_an_adapter_is_pushed_later_alone_and_merged_and_loads_on_a_fresh_base(
     assert "last-checkpoint/adapter_model.safetensors" in repo.at()
     other = push(hub, output_dir, "--tag", "v1", "--merge", "--retry_seconds", "0")
     assert other.returncode == 1
-    assert "the tag v1 exists already, for another commit" in other.stdout
+    assert "Not tagged: the tag v1 exists already, for another commit" in other.stdout
 
 
 @pytest.mark.slow
@@ -245,7 +245,7 @@ def test_a_zero3_run_on_two_processes_pushes_a_whole_model(hub, tiny_model_dir, 
     run_ = run(
         hub, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_zero3.yaml",
         "--main_process_port", 0, "train.py", *TRAIN, "--model_name_or_path", tiny_model_dir,
-        "--output_dir", tmp_path / "zero3", "--hub_checkpoint_revisions", "--hub_private_repo",
+        "--output_dir", tmp_path / "zero3", "--hub_checkpoint_revisions", "--hub_private_repo", "True",
         DS_ACCELERATOR="cpu", HF_HOME=str(tmp_path),
     )  # fmt: skip
     assert run_.returncode == 0, run_.stderr[-3000:]
@@ -300,7 +300,7 @@ def test_a_directory_without_a_model_and_an_offline_machine_are_told_so(output_d
         main(["push", str(tmp_path / "empty")])
     assert exit_.value.code == 2
     assert "holds neither a model nor a whole checkpoint" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="1 of 1 not pushed"):  # conftest.py sets HF_HUB_OFFLINE
+    with pytest.raises(SystemExit, match="1 not done"):  # conftest.py sets HF_HUB_OFFLINE
         main(["push", str(output_dir)])
     assert "Not pushed: the model to out: HF_HUB_OFFLINE is set" in capsys.readouterr().out
 
@@ -483,7 +483,7 @@ def test_a_checkpoint_that_is_gone_is_said_to_be(output_dir, capsys):
     record.missing = {Push("checkpoint-1", "out", revision="step-1"): "no connection"}
     record.save()
     shutil.rmtree(output_dir / "checkpoint-1")
-    with pytest.raises(SystemExit, match="2 of 2 not pushed"):
+    with pytest.raises(SystemExit, match="2 not done"):
         main(["push", str(output_dir)])
     assert "Cannot be pushed any more: checkpoint-1 to out@step-1" in capsys.readouterr().out
     assert Record(output_dir).missing == {}

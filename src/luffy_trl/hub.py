@@ -342,4 +342,4 @@ def _explain_status(error: HfHubHTTPError) -> PushError:
 
 
 def _one_line(error: object) -> str:
-    return redact(str(error).strip().split("\n", 1)[0], known_secrets())
+    return redact(str(error).strip().split("\n", 1)[0].rstrip("."), known_secrets())

@@ -50,7 +50,7 @@ def main(argv: Sequence[str], prog: str) -> None:
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. Run the same command again: what was pushed is not pushed twice.")
     if failed:
-        sys.exit(f"{prog}: error: {failed} of {len(asked)} not pushed, see above. Run the same command again later.")
+        sys.exit(f"{prog}: error: {failed} not done, see above. Run the same command again later.")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -112,23 +112,22 @@ def pushes_asked_for(args: argparse.Namespace, record: Record) -> list[Push]:
 def push_all(args: argparse.Namespace, record: Record, pushes: Sequence[Push]) -> int:
     """Push one after another, say what happened, and return how many failed."""
     api = HfApi()
-    failed = 0
+    uploaded: dict[Push, Uploaded] = {}
     for push in pushes:
         try:
-            uploaded = push_once_or_again(
+            uploaded[push] = push_once_or_again(
                 api, args.output_dir, push, seconds=args.retry_seconds, say=lambda text: print(text, flush=True)
             )
-            print(describe(push, uploaded), flush=True)
+            print(describe(push, uploaded[push]), flush=True)
             forget(record, push)
-            if args.tag and push is pushes[0]:
-                tag(api, uploaded, args.tag)
         except SourceGoneError as error:
-            forget(record, push)
             print(f"Cannot be pushed any more: {push}: {error}.", flush=True)
-            failed += 1
-        except PushError as error:
-            print(f"Not pushed: {push}: {error}.", flush=True)
-            failed += 1
+            forget(record, push)
+        except Exception as error:  # each is one line; the others are pushed
+            print(f"Not pushed: {push}: {explain(error)}.", flush=True)
+    failed = len(pushes) - len(uploaded)
+    if args.tag and pushes[0] in uploaded:
+        failed += not tag(api, uploaded[pushes[0]].repo_id, pushes[0].revision or "main", args.tag)
     return failed
 
 
@@ -140,18 +139,28 @@ def describe(push: Push, uploaded: Uploaded) -> str:
 
 def forget(record: Record, push: Push) -> None:
     """Take the push, and others to its place, from what is missing."""
-    record.missing = {other: why for other, why in record.missing.items() if not same_place(other, push)}
-    record.save()
-
-
-def tag(api: HfApi, uploaded: Uploaded, name: str) -> None:
-    """Raises PushError if the name stands for another commit already."""
+    left = {other: why for other, why in record.missing.items() if not same_place(other, push)}
+    if left == record.missing:
+        return
+    record.missing = left
     try:
-        there = {ref.name: ref.target_commit for ref in api.list_repo_refs(uploaded.repo_id).tags}
-        if there.get(name, uploaded.commit.oid) != uploaded.commit.oid:
+        record.save()
+    except OSError as error:
+        print(f"{record.path} cannot be written, and still says that this is missing: {explain(error)}.", flush=True)
+
+
+def tag(api: HfApi, repo_id: str, branch: str, name: str) -> bool:
+    """Name what the branch holds now. False, with a line for the person, if the name is taken or the Hub refuses."""
+    try:
+        refs = api.list_repo_refs(repo_id)
+        [head] = [ref.target_commit for ref in refs.branches if ref.name == branch]
+        there = {ref.name: ref.target_commit for ref in refs.tags}
+        if there.get(name, head) != head:
             raise PushError(f"the tag {name} exists already, for another commit. Choose another name")
         if name not in there:
-            api.create_tag(uploaded.repo_id, tag=name, revision=uploaded.commit.oid)
+            api.create_tag(repo_id, tag=name, revision=head)
     except Exception as error:
-        raise explain(error) from error
-    print(f"  tagged {name}", flush=True)
+        print(f"Not tagged: {explain(error)}.", flush=True)
+        return False
+    print(f"Tagged {repo_id}@{branch} as {name}", flush=True)
+    return True
