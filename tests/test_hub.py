@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
 from luffy_trl import LuffyConfig
 from luffy_trl.cli import main
-from luffy_trl.hub import PushError, check_weights, is_pushed, with_retries
-from luffy_trl.model_card import card_for_hub
+from luffy_trl.hub import Push, PushError, check_weights, is_pushed, with_retries
+from luffy_trl.hub_queue import PushQueue, Record, what_is_missing
+from luffy_trl.model_card import card_for_hub, prompting
 from luffy_trl.recipe import shown_command
 from luffy_trl.redact import holds_secret, known_secrets, redact, redact_values
 from luffy_trl.training import LuffyScriptArguments
@@ -315,6 +316,14 @@ def test_empty_weights_are_refused(tmp_path):
         check_weights(tmp_path)
 
 
+def test_a_checkpoint_of_shards_is_recorded_with_the_reason(tmp_path):
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / "global_step1").mkdir(parents=True)
+    (checkpoint / "config.json").write_text("{}")
+    PushQueue(tmp_path, HfApi(), retry_seconds=0).add(Push("checkpoint-1", "model"), checkpoint)
+    assert "holds no model weights, only the shards of its processes" in what_is_missing(tmp_path)
+
+
 def test_what_is_the_runs_own_is_never_pushed():
     own = [
         "_base-seed0/model.safetensors", "_hub.json", "checkpoint-1/model.safetensors", ".env", "a/.git/config",
@@ -393,8 +402,6 @@ def test_an_evaluation_becomes_metadata_and_a_table(output_dir):
 
 
 def test_a_conversational_dataset_is_prompted_through_its_template(make_trainer, walks, tmp_path):
-    from luffy_trl.model_card import prompting
-
     messages = [{"role": "system", "content": "Think first."}, {"role": "user", "content": "a row of the data"}]
     lines = prompting(messages, {"enable_thinking": True}, 64, 0.6)
     assert "Think first." in lines
@@ -462,11 +469,6 @@ def test_a_trainer_made_offline_trains_and_says_what_is_missing(make_trainer, tm
 
 def test_an_older_checkpoint_never_takes_the_place_of_the_model(tmp_path):
     """A run that could not reach the Hub does not know its owner there yet; resumed, it does."""
-    from huggingface_hub import HfApi
-
-    from luffy_trl.hub import Push
-    from luffy_trl.hub_queue import PushQueue
-
     pushes = PushQueue(tmp_path, HfApi(), retry_seconds=0)
     pushes.add(Push("checkpoint-1", "model"))
     pushes.finish()
@@ -476,9 +478,6 @@ def test_an_older_checkpoint_never_takes_the_place_of_the_model(tmp_path):
 
 
 def test_a_checkpoint_that_is_gone_is_said_to_be(output_dir, capsys):
-    from luffy_trl.hub import Push
-    from luffy_trl.hub_queue import Record
-
     record = Record(output_dir)
     record.missing = {Push("checkpoint-1", "out", revision="step-1"): "no connection"}
     record.save()

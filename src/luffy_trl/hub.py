@@ -208,7 +208,7 @@ def files_of(
             raise SourceGoneError(f"{directory} holds no completions")
         return files | {CARD: b""}, []
     check_weights(directory)
-    found = {name: path for name, path in _files_below(directory) if is_pushed(name, push.states)}
+    found = {name: path for name, path in files_below(directory) if is_pushed(name, push.states)}
     if not push.folder:  # the top of a branch: with the card and its pictures, which lie in the output directory
         found |= {name: output_dir / name for name in (CARD, CURVES) if (output_dir / name).is_file()}
     left_out = [name for name, path in found.items() if path.suffix != ".safetensors" and holds_secret(path, secrets)]
@@ -221,7 +221,8 @@ def is_pushed(name: str, states: bool = False) -> bool:
     return not any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _files_below(directory: Path) -> Iterator[tuple[str, Path]]:
+def files_below(directory: Path) -> Iterator[tuple[str, Path]]:
+    """(name relative to the directory, path) of all files in it."""
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             yield path.relative_to(directory).as_posix(), path
@@ -269,7 +270,7 @@ def merged(adapter: Path, output_dir: Path) -> Iterator[Path]:
         raise PushError(f"the base of the adapter in {adapter} cannot be loaded: {error}") from error
     with tempfile.TemporaryDirectory(prefix=MERGED_PREFIX, dir=output_dir) as directory:
         model.merge_and_unload().save_pretrained(directory)
-        for name, path in _files_below(adapter):
+        for name, path in files_below(adapter):
             if is_pushed(name) and not name.startswith("adapter_") and name != CARD:
                 target = Path(directory) / name
                 target.parent.mkdir(parents=True, exist_ok=True)

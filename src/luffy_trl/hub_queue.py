@@ -11,7 +11,17 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from .hub import Push, Uploaded, explain, is_pushed, push_once_or_again
+from .hub import (
+    COMPLETIONS,
+    Push,
+    PushError,
+    Uploaded,
+    check_weights,
+    explain,
+    files_below,
+    is_pushed,
+    push_once_or_again,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -86,7 +96,7 @@ class PushQueue:
         self.record = Record(output_dir)
         self.uploaded: dict[Push, Uploaded] = {}
         self._waiting: dict[Push, Path | None] = {}  # push -> where its files are held
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()  # no more waiting between attempts
         self._holds = 0
@@ -99,7 +109,8 @@ class PushQueue:
         """
         try:
             held = None if directory is None else self._hold(directory, push)
-        except OSError as error:  # a full disk must not end a run here; the next checkpoint will say so
+        except (OSError, PushError) as error:  # a full disk, a model that is not whole: not here does the run end
+            logger.warning(f"Not pushed: {push}: {explain(error)}. The run goes on; it is kept for later.")
             self._note({push: str(explain(error))})
             return
         with self._lock:
@@ -109,7 +120,7 @@ class PushQueue:
                 for other in [other for other in self.record.missing if same_place(other, push)]:
                     del self.record.missing[other]
             self._waiting[push] = held
-        self._note({push: NOT_YET})
+            self._note({push: NOT_YET})
         self._start()
 
     def set_model(self, push: Push) -> None:
@@ -161,18 +172,22 @@ class PushQueue:
         except Exception as error:  # nothing that happens here may end a run
             problem = explain(error)
             logger.warning(f"Not pushed: {push}: {problem}. The run goes on; it is kept for later.")
-            self._note({push: str(problem)})
+            with self._lock:
+                replaced = any(same_place(other, push) for other in self._waiting)
+                self._note({} if replaced else {push: str(problem)})
         else:
             for note in self.uploaded[push].notes:
                 logger.warning(note)
             self._note(done=push)
 
     def _note(self, missing: dict[Push, str] | None = None, done: Push | None = None) -> None:
-        """Record, and save the record."""
+        """Record, and save the record. What a newer push replaces, done or about to come, is not missing."""
         with self._lock:
             self.record.missing |= missing or {}
             if done is not None:
-                self.record.missing.pop(done, None)
+                for other in [other for other in self.record.missing if same_place(other, done)]:
+                    if other not in self._waiting:
+                        del self.record.missing[other]
             try:
                 self.record.save()
             except OSError as error:
@@ -180,18 +195,26 @@ class PushQueue:
 
     def _hold(self, directory: Path, push: Push) -> Path:
         """Hard links to the files that are pushed: they cost no space as long as the checkpoint exists."""
+        if push.source != COMPLETIONS:
+            check_weights(directory)
         self._holds += 1
         held = self.output_dir / f"{HELD_PREFIX}{os.getpid()}-{self._holds}"
-        held.mkdir(parents=True)
-        for path in directory.rglob("*"):
-            name = path.relative_to(directory)
-            if path.is_file() and is_pushed(name.as_posix(), push.states):
-                (held / name).parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(path, held / name)
-                except OSError:  # a file system without hard links
-                    shutil.copyfile(path, held / name)
+        try:
+            for name, path in files_below(directory):
+                if is_pushed(name, push.states):
+                    (held / name).parent.mkdir(parents=True, exist_ok=True)
+                    _link(path, held / name)
+        except OSError:
+            _let_go(held)
+            raise
         return held
+
+
+def _link(path: Path, target: Path) -> None:
+    try:
+        os.link(path, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, target)
 
 
 def _let_go(held: Path | None) -> None:

@@ -57,6 +57,8 @@ class HubTrainer(GRPOTrainer):
             raise ValueError(
                 "merge_and_push=True, but the model has no adapter to merge. Set it to False, or use PEFT."
             )
+        if self.is_world_process_zero():
+            remove_held(self._pushes.output_dir)
         if completions_repo is not None and self.is_world_process_zero():
             push = Push(COMPLETIONS, completions_repo, private=args.hub_private_repo, message="Completions")
             self.add_callback(PushCompletions(self._pushes, push))
@@ -64,7 +66,6 @@ class HubTrainer(GRPOTrainer):
     def init_hf_repo(self, token: str | None = None) -> None:
         if not self.is_world_process_zero():
             return
-        remove_held(self._pushes.output_dir)
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         if token is not None:
             self._pushes.api.token = token
