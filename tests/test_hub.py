@@ -18,7 +18,8 @@ from trl import ModelConfig, TrlParser
 
 from luffy_trl import LuffyConfig
 from luffy_trl.cli import main
-from luffy_trl.hub import Push, PushError, check_weights, is_pushed, with_retries
+from luffy_trl.hub import Push, check_weights, is_pushed
+from luffy_trl.hub_errors import PushError, with_retries
 from luffy_trl.hub_queue import PushQueue, Record, what_is_missing
 from luffy_trl.model_card import card_for_hub, prompting
 from luffy_trl.recipe import shown_command

@@ -11,17 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from .hub import (
-    COMPLETIONS,
-    Push,
-    PushError,
-    Uploaded,
-    check_weights,
-    explain,
-    files_below,
-    is_pushed,
-    push_once_or_again,
-)
+from .hub import COMPLETIONS, Push, Uploaded, check_weights, files_below, is_pushed, push_once_or_again
+from .hub_errors import PushError, explain
 
 
 logger = logging.getLogger(__name__)

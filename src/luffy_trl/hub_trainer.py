@@ -15,7 +15,8 @@ from transformers.trainer_utils import HubStrategy
 from trl import GRPOTrainer
 
 from .config import LuffyConfig
-from .hub import COMPLETIONS, MODEL, SILENCE, Push, branch_of, explain
+from .hub import COMPLETIONS, MODEL, SILENCE, Push, branch_of
+from .hub_errors import explain
 from .hub_queue import PushQueue, remove_held, what_is_missing
 from .model_card import CardFacts, complete_card, prompting
 from .recipe import as_yaml

@@ -11,7 +11,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import disable_progress_bars
 
-from .hub import MODEL, Push, PushError, SourceGoneError, Uploaded, branch_of, explain, has_weights, push_once_or_again
+from .hub import MODEL, Push, Uploaded, branch_of, has_weights, push_once_or_again
+from .hub_errors import PushError, SourceGoneError, explain
 from .hub_queue import Record, same_place
 
 
