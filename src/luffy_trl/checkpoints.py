@@ -20,6 +20,7 @@ logger = get_logger(__name__)
 # Beside the checkpoints: where one is written, no name that `checkpoint-*` finds
 UNFINISHED = ".unfinished"
 MANIFEST = "manifest.json"
+UNLISTED = ("training_args.bin", "README.md")
 # What asks for the newest checkpoint; a flag brings its value as text
 NEWEST = (True, "auto", "True", "true")
 NONE = (None, False, "False", "false", "")
@@ -28,7 +29,8 @@ NONE = (None, False, "False", "false", "")
 def publish(unfinished: Path, final: Path) -> None:
     """Move a checkpoint that is written to its final name, in place of a damaged one if there is."""
     files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-    sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in files}
+    # What is for people, and not pushed to the Hub, is not needed to resume
+    sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in files if path.name not in UNLISTED}
     manifest = unfinished / MANIFEST
     manifest.write_text(json.dumps({"files": sizes}, indent=1) + "\n")
     for path in [*files, manifest, unfinished]:
