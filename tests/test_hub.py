@@ -268,6 +268,21 @@ def test_a_zero3_run_on_two_processes_pushes_a_whole_model(hub, tiny_model_dir, 
 # The command
 
 
+@pytest.mark.slow
+def test_a_run_resumes_from_its_last_checkpoint_on_the_hub(hub, tiny_model_dir, walks, tmp_path):
+    walks.to_json(str(tmp_path / "walks.jsonl"))
+    more = ["--model_name_or_path", tiny_model_dir, "--dataset_name", tmp_path / "walks.jsonl"]
+    more += ["--reward_funcs", "letter_walk_reward", "--hub_model_id", "me/resumed"]
+    first = run(hub, "train.py", *TRAIN, *more, "--hub_strategy", "checkpoint", "--output_dir", tmp_path / "one")
+    assert first.returncode == 0, first.stderr[-3000:]
+    on_another_machine = ["--output_dir", tmp_path / "two", "--max_steps", 3]
+    second = run(hub, "train.py", *TRAIN, *more, *on_another_machine, "--resume_from_checkpoint", "me/resumed")
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert "Resuming from" in second.stdout
+    state = json.loads((tmp_path / "two" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert [line["step"] for line in state["log_history"] if "loss" in line] == [1, 2, 3]
+
+
 @pytest.fixture
 def output_dir(make_trainer, tmp_path) -> Path:
     trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=1)

@@ -127,4 +127,10 @@ def _from_hub(name: str) -> Path:
             f"--resume_from_checkpoint {name}: no directory, and not to be had from the Hub: {error}"
         ) from error
     last = folder / "last-checkpoint"  # where hub_strategy="checkpoint" puts it
-    return last if last.is_dir() else folder
+    found = last if last.is_dir() else folder
+    if any(found.glob("global_step*")):
+        raise ValueError(
+            f"--resume_from_checkpoint {name} is a checkpoint of DeepSpeed, which holds pickles: they run code when "
+            "they are loaded. If you trust it, download it and give its directory."
+        )
+    return found
