@@ -59,6 +59,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/update_phase.py --lengths equal --output benchmarks/results/update_phase_equal_lengths_cpu.json
 	$(BIN)/python benchmarks/update_phase.py --whole --output benchmarks/results/whole_step_cpu.json
 	$(BIN)/python benchmarks/update_phase.py --curve --prompts 8 --output benchmarks/results/update_phase_curve_cpu.json
+	$(BIN)/python benchmarks/rewards.py --output benchmarks/results/rewards_made_up_cpu.json
 	$(BIN)/python benchmarks/generation.py --output benchmarks/results/generation_cpu.json
 
 lint: $(VENV)/installed-dev

@@ -1,4 +1,4 @@
-"""`luffy-trl prepare-data`: exactly the planted rows are dropped, each under its reason; nothing is lost."""
+"""`luffy-trl prepare-data`: exactly the planted rows are dropped, each under its reason; nothing else is lost."""
 
 import json
 import re
@@ -17,7 +17,9 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from luffy_trl.cli import main
+from luffy_trl.data.contract import to_contract
 from luffy_trl.data.filters import BenchmarkIndex, normalize_problem, problem_key, word_ngrams
+from luffy_trl.data.loading import load_splits
 from luffy_trl.data.schemas import recognise
 
 from .test_train_script import CPU, ROOT, build_text_model, run
@@ -268,15 +270,13 @@ def test_the_sources_verdicts_can_be_trusted(tmp_path):
 
 def test_own_columns_stay_texts_and_lists_become_several(tmp_path):
     rows = [
-        {"question": "1 + 1?", "steps": ["It is 2.", "So \\boxed{2}"], "result": 2, "source": "me", "id": 7},
+        {"question": "1 + 1?", "steps": ["No answer here.", "So \\boxed{2}"], "result": 2, "source": "me", "id": 7},
         {"question": "2 + 2?", "steps": ["\\boxed{5}"], "result": 4, "source": None, "id": 8},
     ]
     own = ["--prompt_column", "question", "--demonstration-column=steps", "--solution_column=result"]
     prepare(write(tmp_path / "train.jsonl", rows), tmp_path / "out", *own)
     kept, dropped = result(tmp_path / "out")
     expected = {"prompt": "1 + 1?", "demonstrations": ["So \\boxed{2}"], "solution": "2", "source": "me", "id": "7"}
-    if "It is 2." in kept[0]["demonstrations"]:  # Math-Verify reads a bare number too
-        expected["demonstrations"].insert(0, "It is 2.")
     assert kept == [expected]
     assert dropped == {1: "not verified"}
 
@@ -378,6 +378,8 @@ def test_a_stream_that_breaks_later_leaves_nothing_behind(tmp_path, capsys):
     ("options", "message"),
     [
         (["--prompt-column", "a"], "go together: give all three"),
+        (["--config", "all"], "so it has no configuration 'all' to choose"),
+        (["--tokenizer", "no/such"], "--tokenizer no/such cannot be loaded: "),
         (["--split", "test"], "has no split 'test', only 'train'. Choose with --split."),
         (["--benchmarks", "no.parquet"], "--benchmarks no.parquet: there is no such file"),
         (["--max-tokens", "0"], "'0' must be a whole number of 1 or more"),
@@ -395,8 +397,9 @@ def test_a_stream_that_breaks_later_leaves_nothing_behind(tmp_path, capsys):
 )
 def test_wrong_arguments_end_with_one_line(tmp_path, capsys, options, message):
     source = write(tmp_path / "d.jsonl", [{"prompt": "1?", "completion": "2", "solution": "2"}])
+    length = [] if "--tokenizer" in options else ["--no-length"]
     with pytest.raises(SystemExit) as exit_:
-        prepare(source, tmp_path / "out", *options)
+        main(["prepare-data", str(source), "--output-dir", str(tmp_path / "out"), *length, *options])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
@@ -503,7 +506,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("luffy_trl.data.finishing.judge_math", interrupt)
-    with pytest.raises(SystemExit, match=r"Interrupted\. Nothing was written to"):
+    with pytest.raises(SystemExit, match="Nothing was written to"):
         prepare(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]
 
@@ -573,9 +576,37 @@ def test_the_result_trains_in_sft(tmp_path, model):
     SFTTrainer(str(model), args=args, train_dataset=dataset).train()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_published_schemas_are_converted_as_they_are_loaded(tmp_path, streaming, capsys):
+    rows = [luffy("1 + 1?", trace(2), "2", index=4), luffy("No demonstration", None, "3"), luffy("No gold", "x", None)]
+    source = str(write(tmp_path / "luffy.parquet", rows))
+    dataset = to_contract(load_splits(source, source, streaming=streaming)["train"], "--dataset_name luffy.parquet")
+    prompts = [row["prompt"] for row in rows]
+    assert list(dataset) == [
+        {"prompt": prompts[0], "completion": rows[0]["target"], "solution": "2", "source": "math", "id": "4"},
+        {"prompt": prompts[1], "completion": None, "solution": "3", "source": "math", "id": "0"},
+    ]
+    rows = [openr1("1 + 1?", [trace(2), trace(3), "<think>"], "2", [True, True, False], [True, False, True], uuid="a")]
+    source = str(write(tmp_path / "openr1.jsonl", rows))
+    dataset = to_contract(load_splits(source, source, streaming=streaming)["train"], "--dataset_name openr1.jsonl")
+    prompt, demonstration = [{"role": "user", "content": "1 + 1?"}], [{"role": "assistant", "content": trace(2)}]
+    assert list(dataset) == [
+        {"prompt": prompt, "demonstrations": [demonstration], "solution": "2", "source": "olympiads", "id": "a"}
+    ]
+    says = capsys.readouterr().out
+    assert "--dataset_name luffy.parquet has the columns of Openr1-Math-46k-8192" in says
+    if not streaming:
+        assert "; 1 of 3 rows left out, the first of them row 2: `reward_model.ground_truth` is NoneType None" in says
+
+
+def test_other_columns_are_left_alone(walks):
+    assert to_contract(walks, "walks") is walks
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("streaming", [[], ["--dataset_streaming"]])
-@pytest.mark.parametrize("schema", ["luffy", "openr1", "prepared"])
+@pytest.mark.parametrize(
+    ("schema", "streaming"), [("luffy", []), ("openr1", ["--dataset_streaming"]), ("prepared", [])]
+)
 def test_train_reads_the_schemas_themselves(tmp_path, model, schema, streaming):
     sums = [(f"What is 1 + {i}?", trace(1 + i), str(1 + i)) for i in range(16)]
     if schema == "luffy":
@@ -589,7 +620,7 @@ def test_train_reads_the_schemas_themselves(tmp_path, model, schema, streaming):
         prepare(tmp_path / "train.parquet", name, tokenizer=model)
     run_ = run(
         ROOT / "train.py", "--model_name_or_path", model, "--dataset_name", name.name, *streaming,
-        "--reward_funcs", "luffy_trl.rewards.math_reward", "--output_dir", "out", "--num_generations", 4,
+        "--reward_funcs", "math_reward", "--output_dir", "out", "--num_generations", 4,
         "--per_device_train_batch_size", 8, "--max_completion_length", MAX_TOKENS, "--max_steps", 2,
         "--generation_kwargs", '{"max_new_tokens": 4}', "--logging_steps", 1, "--save_strategy", "no",
         "--gradient_checkpointing", "False", "--report_to", "none", *CPU, cwd=tmp_path,

@@ -20,6 +20,7 @@ logger = get_logger(__name__)
 # Beside the checkpoints: where one is written, no name that `checkpoint-*` finds
 UNFINISHED = ".unfinished"
 MANIFEST = "manifest.json"
+UNLISTED = ("training_args.bin", "README.md")
 # What asks for the newest checkpoint; a flag brings its value as text
 NEWEST = (True, "auto", "True", "true")
 NONE = (None, False, "False", "false", "")
@@ -28,7 +29,8 @@ NONE = (None, False, "False", "false", "")
 def publish(unfinished: Path, final: Path) -> None:
     """Move a checkpoint that is written to its final name, in place of a damaged one if there is."""
     files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-    sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in files}
+    # What is for people, and not pushed to the Hub, is not needed to resume
+    sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in files if path.name not in UNLISTED}
     manifest = unfinished / MANIFEST
     manifest.write_text(json.dumps({"files": sizes}, indent=1) + "\n")
     for path in [*files, manifest, unfinished]:
@@ -125,4 +127,10 @@ def _from_hub(name: str) -> Path:
             f"--resume_from_checkpoint {name}: no directory, and not to be had from the Hub: {error}"
         ) from error
     last = folder / "last-checkpoint"  # where hub_strategy="checkpoint" puts it
-    return last if last.is_dir() else folder
+    found = last if last.is_dir() else folder
+    if any(found.glob("global_step*")):
+        raise ValueError(
+            f"--resume_from_checkpoint {name} is a checkpoint of DeepSpeed, which holds pickles: they run code when "
+            "they are loaded. If you trust it, download it and give its directory."
+        )
+    return found

@@ -11,6 +11,7 @@ from typing import Any
 COMMANDS = {
     "train": ("luffy_trl.cli", "train", "train a model (the same as `accelerate launch train.py`, on one process)"),
     "sft": ("luffy_trl.cli", "sft", "fine-tune on the demonstrations with TRL's SFTTrainer, the baseline"),
+    "push": ("luffy_trl.push", "main", "push an output directory to the Hub, or what a run could not push"),
     "prepare-model": ("luffy_trl.prepare_model", "main", "extend a model's window, and give it a chat template"),
     "prepare-data": ("luffy_trl.data.prepare", "main", "filter a dataset, and write it as the trainer reads it"),
     "eval": ("luffy_trl.evaluation.command", "main", "evaluate a model on the paper's benchmarks, with lm-eval"),
@@ -79,14 +80,15 @@ def _start(
     except KeyboardInterrupt:
         print("\nInterrupted before the training began.", file=sys.stderr)
         sys.exit(INTERRUPTED_STATUS)
-    trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
     trainer.accelerator.end_training()
 
 
-def _parse(argv: list[str], prog: str, summary: str, config_class: type, check: Callable) -> tuple[Any, Any, Any]:
+def _parse(argv: list[str], prog: str, summary: str, config_class: type, check: Callable) -> tuple[Any, Any, Any, str]:
     import yaml
     from trl import ModelConfig, TrlParser
 
+    from .recipe import shown_command
+    from .redact import known_secrets
     from .training import LuffyScriptArguments, check_output_dir
 
     parser = TrlParser(
@@ -110,7 +112,8 @@ def _parse(argv: list[str], prog: str, summary: str, config_class: type, check: 
     except (ValueError, OSError, yaml.YAMLError) as error:
         hint = " Without a GPU, add --use_cpu --bf16 False." if "use_cpu" in str(error) else ""
         parser.error(f"{error}{hint}")
-    return script_args, training_args, model_args
+    command = shown_command([prog, *argv], known_secrets(training_args.hub_token))
+    return script_args, training_args, model_args, command
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from trl import GRPOConfig
 
 from .demonstrations import OVERFLOWS
 from .objective import LOSS_TYPES
+from .recipe import given_fields
 from .schedules import PREFIX_STRATEGIES, WEIGHT_SCHEDULES
 from .shaping import get_shaping, register_shaping
 
@@ -160,7 +161,31 @@ class LuffyConfig(GRPOConfig):
         },
     )
 
+    merge_and_push: bool = field(
+        default=False,
+        metadata={
+            "help": "With an adapter and push_to_hub: push the adapter merged into its base, in place of the adapter. "
+            "The output directory keeps the adapter. Default: False."
+        },
+    )
+    hub_checkpoint_revisions: bool = field(
+        default=False,
+        metadata={
+            "help": "With push_to_hub: push each checkpoint's model as a branch of its own, step-N. Default: False."
+        },
+    )
+    hub_retry_seconds: float = field(
+        default=300.0,
+        metadata={
+            "help": "For how many seconds each push to the Hub is tried again, with growing waits, after a lost "
+            "connection or a busy server. Then the run goes on without it. 0: one attempt. Default: 300."
+        },
+    )
+
     def __post_init__(self):
+        # Before anything is derived: the recipe on the model card
+        self.given = given_fields(self)
+        self.given.pop("hub_token", None)
         if callable(self.shaping):
             # By name from here on: the config is saved with each checkpoint, and a function does not serialize
             self.shaping = register_shaping(self.shaping)
@@ -195,6 +220,12 @@ class LuffyConfig(GRPOConfig):
                 "demonstrations take the place of rollouts, and each group needs at least one rollout."
             )
 
+        if not (math.isfinite(self.hub_retry_seconds) and self.hub_retry_seconds >= 0):
+            raise ValueError(f"hub_retry_seconds={self.hub_retry_seconds} must be a number of seconds, 0 or above.")
+        for name in ("merge_and_push", "hub_checkpoint_revisions"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(f"{name}=True does nothing without push_to_hub=True. Set both, or neither.")
+
         super().__post_init__()
 
         if self.num_demonstrations > 0:
@@ -203,6 +234,10 @@ class LuffyConfig(GRPOConfig):
             self.trim_padding = self.num_demonstrations > 0
         if self.skip_zero_advantages:
             self._check_zero_advantages_can_be_skipped()
+
+    def __getstate__(self):
+        """For pickles, such as the training_args.bin of each checkpoint: the token stays out."""
+        return {**self.__dict__, "hub_token": None}
 
     def _check_zero_advantages_can_be_skipped(self):
         uses = {

@@ -57,8 +57,16 @@ def to_prompt_completion(dataset: Dataset) -> Dataset:
     return dataset.map(explode, batched=True, remove_columns=dataset.column_names, desc="One row a demonstration")
 
 
-def run_sft(script_args: LuffyScriptArguments, training_args: LuffySFTConfig, model_args: ModelConfig) -> SFTTrainer:
-    """Fine-tune on the demonstrations, and save the model and its tokenizer to `output_dir`.
+def run_sft(
+    script_args: LuffyScriptArguments,
+    training_args: LuffySFTConfig,
+    model_args: ModelConfig,
+    command: str | None = None,
+) -> SFTTrainer:
+    """Fine-tune on the demonstrations, and save the model, its tokenizer and TRL's card to `output_dir`.
+
+    Args:
+        command: the command line, said with what was saved.
 
     Raises:
         ValueError: for arguments or data that do not go together, before any training step.

@@ -38,6 +38,7 @@ from .demonstrations import (
     DemonstrationEncoder,
     place_demonstrations,
 )
+from .hub_trainer import HubTrainer
 from .objective import off_policy_loss, token_denominator
 from .schedules import demonstration_weight, prefix_ratio
 
@@ -63,7 +64,7 @@ LOOKED_AT = 100
 SOLVED_REWARD = 1.0
 
 
-class LuffyTrainer(GRPOTrainer):
+class LuffyTrainer(HubTrainer):
     """
     GRPO with demonstrations in each group (LUFFY, arXiv 2504.14945). With `num_demonstrations=0` it is `GRPOTrainer`.
 
@@ -77,7 +78,8 @@ class LuffyTrainer(GRPOTrainer):
       and keeps the last result for the off-policy term;
     - `_compute_loss`: shows TRL the rollouts' tokens alone and adds the off-policy term;
     - `log`: adds `on_policy/*`, `off_policy/*` and `groups/*`;
-    - `train`, `_save_checkpoint`: checkpoints that are whole or not there, and the newest of them to resume from.
+    - `train`, `_save_checkpoint`: checkpoints that are whole or not there, and the newest of them to resume from;
+    - what is pushed to the Hub, and the model card: see [`~luffy_trl.hub_trainer.HubTrainer`], its parent.
 
     Takes the arguments of `GRPOTrainer`, with `args` a [`LuffyConfig`]. The data contract of `train_dataset` is in
     `luffy_trl.demonstrations`. Evaluation has no demonstrations.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
@@ -13,7 +14,11 @@ from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format
 from .config import LuffyConfig
 from .data.contract import to_contract
 from .data.loading import check_file, choose_split, load_splits
+from .hub_queue import what_is_missing
 from .imports import import_function
+from .model_card import CardFacts
+from .recipe import as_yaml, given_fields
+from .redact import known_secrets
 from .rewards import choice_reward, format_reward, math_reward
 from .stopping import RunStopped, StopAtStep
 from .tasks.letter_walk import letter_walk_reward, split_walks, to_dataset
@@ -88,10 +93,15 @@ def check_output_dir(output_dir: str) -> None:
         raise ValueError(f"--output_dir {output_dir} cannot be written to: {error}") from error
 
 
-def run(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig) -> LuffyTrainer:
+def run(
+    script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig, command: str | None = None
+) -> LuffyTrainer:
     """Train, save the model, its tokenizer and its card to `output_dir`, and push them if asked to.
 
     SIGTERM and SIGINT save a checkpoint at the end of the optimizer step and stop.
+
+    Args:
+        command: the command line for the card, without secrets.
 
     Raises:
         ValueError: for arguments or data that do not go together, before any training step.
@@ -99,6 +109,7 @@ def run(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_arg
     """
     check_arguments(script_args, model_args)
     check_output_dir(training_args.output_dir)
+    facts = card_facts(script_args, training_args, model_args, command)
     dataset_name = script_args.dataset_name or EMBEDDED_TASK
     reward_funcs = load_reward_funcs(script_args.reward_funcs, dataset_name)
     splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
@@ -121,20 +132,31 @@ def run(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_arg
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    trainer.card_facts = facts
     with StopAtStep() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if stop.received:
+        if training_args.push_to_hub and (missing := what_is_missing(Path(training_args.output_dir))):
+            trainer.accelerator.print(missing)
         raise RunStopped(stop.received, f"checkpoint-{trainer.state.global_step}")
 
-    trainer.save_model(training_args.output_dir)
     # Only a dataset of the Hub can be linked to
     on_hub = dataset_name != EMBEDDED_TASK and not Path(dataset_name).exists()
-    card = {"model_name": Path(training_args.output_dir).name, "dataset_name": dataset_name if on_hub else None}
-    trainer.create_model_card(**card)
-    trainer.accelerator.print(f"Saved the model, its tokenizer and its card to {training_args.output_dir}")
+    card: dict[str, Any] = {
+        "model_name": Path(training_args.output_dir).name,
+        "dataset_name": dataset_name if on_hub else None,
+    }
+    commit = None
     if training_args.push_to_hub:
-        trainer.push_to_hub(**card)
+        commit = trainer.push_to_hub(**card)  # saves as below, before
+    else:
+        trainer.save_model(training_args.output_dir)
+        trainer.create_model_card(**card)
+        trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
+    trainer.accelerator.print(f"Saved the model, its tokenizer and its card to {training_args.output_dir}")
+    if commit is not None:
+        trainer.accelerator.print(f"Pushed them to {commit.repo_url}")
     return trainer
 
 
@@ -145,6 +167,20 @@ def base_model(name: str | None, output_dir: str, seed: int) -> str:
     # the underscore keeps it out of a push to the Hub
     with PartialState().main_process_first():
         return str(load_or_pretrain(Path(output_dir) / f"_base-seed{seed}", seed))
+
+
+def card_facts(
+    script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig, command: str | None
+) -> CardFacts:
+    """What the model card says about the arguments. To be asked before `run` changes any of them."""
+    name = script_args.dataset_name or EMBEDDED_TASK
+    data = None
+    if name == EMBEDDED_TASK:
+        data = "The data is the embedded letter walk, which `luffy_trl` generates."
+    elif Path(name).exists():
+        data = f"The data is `{Path(name).name}`, which is not on the Hub."
+    given = given_fields(model_args) | given_fields(script_args) | training_args.given
+    return CardFacts(data, as_yaml(given, known_secrets(training_args.hub_token)), command)
 
 
 def load_reward_funcs(names: list[str] | None, dataset_name: str) -> list[Callable]:

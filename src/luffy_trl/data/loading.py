@@ -44,11 +44,14 @@ def load_splits(
         only_split: the name for a dataset that was saved without splits.
 
     Raises:
-        ValueError: for a file that is missing, broken or empty, and for a configuration that does not exist.
+        ValueError: for a file that is missing, broken or empty, and for a configuration that does not exist (only
+            datasets of the Hub have any).
         OSError: for a dataset that cannot be found or reached.
     """
     check_file(name, where)
     path = Path(name)
+    if config is not None and path.exists():
+        raise ValueError(f"{where} is not on the Hub, so it has no configuration {config!r} to choose.")
     with reading(where):
         if path.suffix in FILE_LOADERS:
             return datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=str(path), streaming=streaming)

@@ -7,12 +7,13 @@ A stream goes the same way, without the processes. No step holds more than one b
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -22,7 +23,7 @@ from ..rewards.completions import Thought
 from .arguments import build_parser, check_arguments, with_dashes
 from .benchmarks import load_benchmarks
 from .contract import contract_features
-from .finishing import CONTAMINATED, DUPLICATE, TOO_LONG, UNVERIFIED, Finisher
+from .finishing import CONTAMINATED, DUPLICATE, GOLD_UNREADABLE, TOO_LONG, UNVERIFIED, Finisher, Tally
 from .loading import batches, choose_split, first_rows, load_splits
 from .publishing import dataset_card, look_up, push
 from .schemas import Schema, own_columns, recognise
@@ -45,18 +46,16 @@ def main(argv: Sequence[str], prog: str) -> None:
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
         sys.exit(f"\nInterrupted. Nothing was written to {args.output_dir}")
+    if args.push_to_hub:
+        _push(args)
 
 
 def _prepare(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    splits = load_splits(args.source, args.source, args.config, args.streaming, only_split=args.split)
-    dataset = choose_split(splits, args.split, args.source, "--split")
-    if args.max_rows:
-        streamed = isinstance(dataset, IterableDataset)
-        dataset = dataset.take(args.max_rows) if streamed else dataset.select(range(min(args.max_rows, len(dataset))))
-    head = first_rows(dataset, 100, args.source)
+    dataset, head = _read(args)
     schema = _schema(args, list(head[0]), head)
     conversational = _is_conversational(args, schema, head)
-    several = schema.several and args.max_demonstrations != 1
+    features = contract_features(conversational, several=schema.several and args.max_demonstrations != 1)
+    print(f"{args.source}: {schema.name} -> {', '.join(features)}", flush=True)
     screener = Screener(
         schema,
         conversational,
@@ -64,40 +63,48 @@ def _prepare(args: argparse.Namespace, argv: Sequence[str]) -> None:
         load_benchmarks(args.benchmarks, args.ngram_size) if args.benchmarks else None,
         None if args.no_length else _encoder(args),
     )
-    thought: Thought = args.thought or ("optional" if schema.conversational is None else "required")
-    verify = None if args.no_verify else "source" if args.trust_source else "answers"
-    features = contract_features(conversational, several)
-    print(f"{args.source}: {schema.name} -> {', '.join(features)}", flush=True)
-
     with all_or_nothing(args.output_dir) as result:
         screened = _screen(dataset, screener, list(head[0]), _processes(args, dataset), result.parent)
-        total = None if isinstance(dataset, IterableDataset) else len(dataset)
-        with (
-            open(result / DROPPED_FILE, "w", encoding="utf-8") as dropped,
-            ParquetShards(result / "data", features) as shards,
-            tqdm(total=total, unit=" rows", desc="Finishing") as progress,
-        ):
-            finish = Finisher(
-                verify, thought, not args.no_deduplicate, args.max_demonstrations, conversational, several, dropped
-            )
-            for batch in batches(screened, FINISHED_AT_ONCE, args.source):
-                shards.write(finish(batch))
-                progress.update(len(batch["row"]))
-        table = finish.tally.table(_not_checked(args))
+        tally = _finish(args, screened, schema, conversational, features, result)
+        table = tally.table(_not_checked(args))
         load = args.push_to_hub or args.output_dir.name
         card = dataset_card(args.output_dir.name, load, look_up(args.source), list(features), table, argv)
         card.save(result / "README.md")
 
     print(f"\n{text_table(['', 'rows', 'demonstrations'], table)}\n")
-    if finish.tally.kept["rows"] == 0:
-        print("Nothing was kept: see the reasons above, and those of each row in the list of dropped rows.")
+    if tally.kept["rows"] == 0:
+        print(f"Nothing was kept: the reasons are above, and those of each row in {DROPPED_FILE}.")
     print(f"Dataset, card and {DROPPED_FILE}: {args.output_dir}")
     print(f"Train on it with: train.py --dataset_name {args.output_dir} --reward_funcs math_reward ...", flush=True)
-    if args.push_to_hub:
-        try:
-            print(f"Pushed to {push(args.output_dir, args.push_to_hub, private=not args.public)}")
-        except ValueError as error:
-            sys.exit(str(error))
+
+
+def _push(args: argparse.Namespace) -> None:
+    kept = f"The dataset is complete in {args.output_dir}; push it again with: {_push_command(args)}"
+    print(f"Pushing to {args.push_to_hub} ...", flush=True)
+    try:
+        print(f"Pushed to {push(args.output_dir, args.push_to_hub, private=not args.public)}")
+    except ValueError as error:
+        sys.exit(f"{error} {kept}")
+    except KeyboardInterrupt:
+        sys.exit(f"\nThe push was interrupted. {kept}")
+
+
+def _push_command(args: argparse.Namespace) -> str:
+    visibility = [] if args.public else ["--private"]
+    return shlex.join(
+        ["hf", "upload", args.push_to_hub, str(args.output_dir), ".", "--repo-type", "dataset", *visibility]
+    )
+
+
+def _read(args: argparse.Namespace) -> tuple[Dataset | IterableDataset, list[dict[str, Any]]]:
+    """The rows, and the first of them, which say what the columns are like."""
+    splits = load_splits(args.source, args.source, args.config, args.streaming, only_split=args.split)
+    dataset = choose_split(splits, args.split, args.source, "--split")
+    if args.max_rows and isinstance(dataset, IterableDataset):
+        dataset = dataset.take(args.max_rows)
+    elif args.max_rows:
+        dataset = dataset.select(range(min(args.max_rows, len(dataset))))
+    return dataset, first_rows(dataset, 100, args.source)
 
 
 def _schema(args: argparse.Namespace, columns: list[str], head: list[dict]) -> Schema:
@@ -136,7 +143,10 @@ def _is_conversational(args: argparse.Namespace, schema: Schema, head: list[dict
 
 def _encoder(args: argparse.Namespace) -> DemonstrationEncoder:
     """Counts tokens as the trainer will: with every token at which the model stops."""
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokenizer {args.tokenizer} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--tokenizer {args.tokenizer} has no EOS token, so a demonstration cannot end.")
     try:
@@ -180,10 +190,43 @@ def _screen(
     )
 
 
+def _finish(
+    args: argparse.Namespace,
+    screened: Dataset | IterableDataset,
+    schema: Schema,
+    conversational: bool,
+    features: Features,
+    result: Path,
+) -> Tally:
+    """Verify, deduplicate, count and write, batch by batch."""
+    thought: Thought = args.thought or ("optional" if schema.conversational is None else "required")
+    verify = None if args.no_verify else "source" if args.trust_source else "answers"
+    total = None if isinstance(screened, IterableDataset) else len(screened)
+    with (
+        open(result / DROPPED_FILE, "w", encoding="utf-8") as dropped,
+        ParquetShards(result / "data", features) as shards,
+        tqdm(total=total, unit=" rows", desc="Finishing") as progress,
+    ):
+        finish = Finisher(
+            verify,
+            thought,
+            not args.no_deduplicate,
+            args.max_demonstrations,
+            conversational,
+            "demonstrations" in features,
+            dropped,
+        )
+        for batch in batches(screened, FINISHED_AT_ONCE, args.source):
+            shards.write(finish(batch))
+            progress.update(len(batch["row"]))
+    return finish.tally
+
+
 def _not_checked(args: argparse.Namespace) -> dict[str, str]:
     off = {
         CONTAMINATED: not args.benchmarks and "no --benchmarks",
         TOO_LONG: args.no_length and "--no-length",
+        GOLD_UNREADABLE: (args.no_verify and "--no-verify") or (args.trust_source and "--trust-source"),
         UNVERIFIED: args.no_verify and "--no-verify",
         DUPLICATE: args.no_deduplicate and "--no-deduplicate",
     }

@@ -118,7 +118,7 @@ def push(directory: Path, repo_id: str, private: bool) -> str:
     """Upload the prepared dataset; returns its address.
 
     Raises:
-        ValueError: with the command to try again, if the Hub refuses it or cannot be reached.
+        ValueError: if the Hub refuses it or cannot be reached.
     """
     api = HfApi()
     try:
@@ -131,11 +131,7 @@ def push(directory: Path, repo_id: str, private: bool) -> str:
         )
     except (OSError, ValueError, httpx.HTTPError) as error:
         first = str(error).strip().splitlines()[0]
-        visibility = " --private" if private else ""
-        raise ValueError(
-            f"The push to {repo_id} failed: {first} The dataset is complete in {directory}; push it again with: "
-            f"hf upload {repo_id} {shlex.quote(str(directory))} . --repo-type dataset{visibility}"
-        ) from error
+        raise ValueError(f"The push to {repo_id} failed: {first}") from error
     return str(url)
 
 

@@ -1,0 +1,504 @@
+"""Pushing to the Hub: real trainers and the real client against a local Hub that fails when told to."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig, TrlParser
+
+from luffy_trl import LuffyConfig
+from luffy_trl.cli import main
+from luffy_trl.hub import Push, check_weights, is_pushed
+from luffy_trl.hub_errors import PushError, with_retries
+from luffy_trl.hub_queue import PushQueue, Record, what_is_missing
+from luffy_trl.model_card import card_for_hub, prompting
+from luffy_trl.recipe import shown_command
+from luffy_trl.redact import holds_secret, known_secrets, redact, redact_values
+from luffy_trl.training import LuffyScriptArguments
+
+from .hub_server import PUSH_ENDPOINTS, TOKEN, HubServer
+from .run_hub import FAULTS
+
+
+ROOT = Path(__file__).parents[1]
+NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nothing listens there
+
+
+def run(hub: HubServer, *command, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, cwd=ROOT, check=False,
+        env=os.environ | hub.environment() | environment,
+    )  # fmt: skip
+
+
+def push(hub: HubServer, *arguments, **environment: str) -> subprocess.CompletedProcess:
+    return run(hub, "-m", "luffy_trl.cli", "push", *arguments, **environment)
+
+
+TRAIN = [
+    "--config", "recipes/letter_walk.yaml", "--max_steps", 2, "--save_strategy", "steps", "--save_steps", 1,
+    "--logging_steps", 1, "--num_generations", 4, "--per_device_train_batch_size", 8, "--push_to_hub",
+]  # fmt: skip
+
+
+# Every fault
+
+
+@pytest.fixture(scope="module")
+def cases(tiny_model_dir, tmp_path_factory) -> list[dict]:
+    directory = tmp_path_factory.mktemp("hub")
+    command = [sys.executable, "-m", "tests.run_hub", tiny_model_dir, directory]
+    run_ = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=400, cwd=ROOT, check=False,
+        env=os.environ | {"HF_HOME": str(directory / "home")},
+    )  # fmt: skip
+    assert run_.returncode == 0, run_.stderr[-3000:]
+    assert TOKEN not in run_.stdout + run_.stderr
+    return [json.loads(line.removeprefix("CASE ")) for line in run_.stdout.splitlines() if line.startswith("CASE ")]
+
+
+@pytest.mark.slow
+def test_a_push_survives_every_fault_at_every_endpoint(cases):
+    pushes = [case for case in cases if case["kind"] == "push"]
+    assert {(case["endpoint"], case["fault"]) for case in pushes} == {(e, f) for e in PUSH_ENDPOINTS for f in FAULTS}
+    reasons = {
+        "429": "the Hub answered 429", "429 with Retry-After": "the Hub answered 429", "500": "the Hub answered 500",
+        "401": "the Hub refused the token (401). Log in with `hf auth login`", "403": "refused the token (403)",
+        "dropped": "no connection to the Hub",
+    }  # fmt: skip
+    for case in pushes:
+        name = f"{case['endpoint']}: {case['fault']}"
+        if case["fault"] == "slow":
+            assert case["missing"] is None, name
+        else:
+            assert reasons[case["fault"]] in case["missing"], name
+            assert "\n  luffy-trl push " in case["missing"], name
+        # when the Hub works again, the record alone is enough
+        assert case["same"], name
+        assert case["missing_later"] is None, name
+
+
+@pytest.mark.slow
+def test_training_ends_normally_whatever_fails_and_the_command_pushes_it_all_later(cases):
+    runs = {case["endpoint"]: case for case in cases if case["kind"] == "run"}
+    assert runs.keys() == set(PUSH_ENDPOINTS)
+    for endpoint, case in runs.items():
+        assert case["step"] == 2, endpoint
+        assert case["whole"], endpoint
+        assert case["held"] == [], endpoint
+        assert case["status"] == 0, endpoint
+        assert case["pushed"], endpoint
+        missing = [(source, branch) for source, branch, _ in case["missing"]]
+        if endpoint == "verify":  # what is there need not be verified: the second attempt works
+            assert missing == []
+        else:
+            assert {("checkpoint-1", "step-1"), ("checkpoint-2", "step-2")} <= set(missing), endpoint
+            assert case["committed"] == (endpoint == "branch")  # main needs no branch
+
+
+@pytest.mark.slow
+def test_a_run_recovers_from_faults_that_pass(cases):
+    [case] = [case for case in cases if case["kind"] == "recovers"]
+    assert case["missing"] == []
+    assert case["committed"]
+    assert case["pushed"]
+    assert case["faults_left"] == [0, 0, 0, 0]
+
+
+@pytest.mark.slow
+def test_what_was_pushed_loads_and_holds_nothing_else(cases):
+    [case] = [case for case in cases if case["kind"] == "loads"]
+    assert case["difference"] == 0
+    for names in case["files"].values():
+        assert set(names) == {
+            ".gitattributes", "README.md", "chat_template.jinja", "config.json", "curves.png",
+            "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        }  # fmt: skip
+
+
+# A run with an adapter, as a user starts it, with a token in every place where one can be
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def adapter_run(hub, tiny_model_dir, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    output_dir = tmp_path_factory.mktemp("adapter") / "adapter"
+    run_ = run(
+        hub, "train.py", *TRAIN, "--model_name_or_path", tiny_model_dir, "--output_dir", output_dir, "--use_peft",
+        "--lora_target_modules", "all-linear", "--learning_rate", 0.01, "--hub_token", TOKEN,
+        "--hub_retry_seconds", 0, "--hub_strategy", "checkpoint", "--log_completions",
+        "--log_completions_hub_repo", "rollouts", **NO_HUB,
+    )  # fmt: skip
+    assert run_.returncode == 0, run_.stderr[-3000:]
+    return output_dir, run_
+
+
+LOAD = """
+import sys, torch
+from datasets import load_dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base, local, target = sys.argv[1:]
+def fresh(): return AutoModelForCausalLM.from_pretrained(base)
+ids = AutoTokenizer.from_pretrained("tester/merged")("Da:bc", return_tensors="pt")["input_ids"]
+models = {
+    "base": fresh(),
+    "local": PeftModel.from_pretrained(fresh(), local),
+    "adapter": PeftModel.from_pretrained(fresh(), "tester/adapter"),
+    "merged": AutoModelForCausalLM.from_pretrained("tester/merged"),
+    "card": AutoModelForCausalLM.from_pretrained("tester/adapter"),
+}
+logits = {name: model(ids).logits for name, model in models.items()}
+torch.save(logits | {"rollouts": load_dataset("tester/rollouts")["train"].to_dict()}, target)
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_is_pushed_later_alone_and_merged_and_loads_on_a_fresh_base(
+    hub, adapter_run, tiny_model_dir, tmp_path
+):
+    output_dir, run_ = adapter_run
+    lines = run_.stderr.splitlines()
+    screen = lines[lines.index("Not pushed to the Hub:") :]
+    assert [line.split(": no connection to the Hub (ConnectError")[0] for line in screen[1:4]] == [
+        "  checkpoint-2 (with its optimizer states) to adapter/last-checkpoint",
+        "  the completions to rollouts",
+        "  the model to adapter",
+    ]
+    assert screen[4:6] == [f"This pushes what is in {output_dir}:", f"  luffy-trl push {output_dir}"]
+
+    pushed = push(hub, output_dir, "--tag", "v1")
+    assert pushed.returncode == 0, pushed.stderr
+    assert "Pushed the model to adapter: README.md, adapter_config.json, adapter_model.safetensors" in pushed.stdout
+    assert f"{tiny_model_dir}, which others do not have: see --merge" in pushed.stdout
+    again = push(hub, output_dir, "--tag", "v1")
+    assert again.returncode == 0
+    assert "Pushed" not in again.stdout
+    assert "Already there: the model to adapter" in again.stdout
+    merged = push(hub, output_dir, "--merge", "--repo_id", "merged", "--private")
+    assert merged.returncode == 0, merged.stderr
+
+    repo = hub.model("adapter")
+    assert repo.tags["v1"] == repo.branches["main"]
+    last = {name.removeprefix("last-checkpoint/") for name in repo.at() if name.startswith("last-checkpoint/")}
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} < last
+    assert not repo.private
+    assert hub.model("merged").private
+    assert not any("adapter" in name or "optimizer" in name for name in hub.model("merged").at())
+    assert b"This is an adapter" in repo.at()["README.md"]
+    assert b"This is an adapter" not in hub.model("merged").at()["README.md"]
+    assert not list(output_dir.glob("_merged-*"))
+
+    loaded = run(hub, "-c", LOAD, tiny_model_dir, output_dir, tmp_path / "logits.pt", HF_HOME=str(tmp_path))
+    assert loaded.returncode == 0, loaded.stderr[-3000:]
+    logits = torch.load(tmp_path / "logits.pt")
+    assert (logits["local"] - logits["base"]).abs().max() > 0.1  # the adapter does something
+    for name in ("adapter", "card"):
+        torch.testing.assert_close(logits[name], logits["local"], rtol=0, atol=0)
+    torch.testing.assert_close(logits["merged"], logits["local"], rtol=1e-4, atol=1e-4)
+    assert logits["rollouts"]["step"] == [1] * 8 + [2] * 8
+    assert sum(logits["rollouts"]["demonstration"]) == 4  # of 2 groups a step
+
+    # merged onto the adapter's own repository: nothing of the adapter stays
+    assert push(hub, output_dir, "--merge").returncode == 0
+    assert {"model.safetensors", "config.json"} <= repo.at().keys()
+    assert not any(name.startswith("adapter_") for name in repo.at())
+    assert "last-checkpoint/adapter_model.safetensors" in repo.at()
+    other = push(hub, output_dir, "--tag", "v1", "--merge", "--retry_seconds", "0")
+    assert other.returncode == 1
+    assert "Not tagged: the tag v1 exists already, for another commit" in other.stdout
+
+
+@pytest.mark.slow
+def test_no_token_leaves_the_run(hub, adapter_run):
+    output_dir, run_ = adapter_run
+    assert "--hub_token '***'" in (output_dir / "README.md").read_text()
+    assert TOKEN not in run_.stdout + run_.stderr
+    files = [path for path in output_dir.rglob("*") if path.is_file()]
+    assert {"training_args.bin", "_hub.json", "trainer_state.json"} <= {path.name for path in files}
+    assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
+    (output_dir / "notes.txt").write_text(f"my token is {TOKEN}")  # a user's own file
+    pushed = push(hub, output_dir)
+    (output_dir / "notes.txt").unlink()
+    assert pushed.returncode == 0
+    assert "notes.txt was left out: a token" in pushed.stdout
+    assert TOKEN not in pushed.stdout + pushed.stderr
+    assert [content for content in hub.contents() if TOKEN.encode() in content] == []
+
+
+@pytest.mark.slow
+def test_a_zero3_run_on_two_processes_pushes_a_whole_model(hub, tiny_model_dir, tmp_path):
+    run_ = run(
+        hub, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_zero3.yaml",
+        "--main_process_port", 0, "train.py", *TRAIN, "--model_name_or_path", tiny_model_dir,
+        "--output_dir", tmp_path / "zero3", "--hub_checkpoint_revisions", "--hub_private_repo", "True",
+        DS_ACCELERATOR="cpu", HF_HOME=str(tmp_path),
+    )  # fmt: skip
+    assert run_.returncode == 0, run_.stderr[-3000:]
+    assert f"Pushed them to {hub.url}/tester/zero3" in run_.stdout
+    repo = hub.model("zero3")
+    assert repo.private
+    expected = AutoModelForCausalLM.from_pretrained(tiny_model_dir).state_dict()
+    for branch in ("main", "step-1", "step-2"):
+        assert not any("global_step" in name or "zero_to_fp32" in name for name in repo.at(branch))
+        (tmp_path / "model.safetensors").write_bytes(repo.at(branch)["model.safetensors"])
+        weights = load_file(tmp_path / "model.safetensors")
+        assert {name: tensor.shape for name, tensor in weights.items()} == {
+            name: tensor.shape for name, tensor in expected.items()
+        }
+        assert any(not torch.equal(weights[name], expected[name]) for name in expected)
+
+
+# The command
+
+
+@pytest.mark.slow
+def test_a_run_resumes_from_its_last_checkpoint_on_the_hub(hub, tiny_model_dir, walks, tmp_path):
+    walks.to_json(str(tmp_path / "walks.jsonl"))
+    more = ["--model_name_or_path", tiny_model_dir, "--dataset_name", tmp_path / "walks.jsonl"]
+    more += ["--reward_funcs", "letter_walk_reward", "--hub_model_id", "me/resumed"]
+    first = run(hub, "train.py", *TRAIN, *more, "--hub_strategy", "checkpoint", "--output_dir", tmp_path / "one")
+    assert first.returncode == 0, first.stderr[-3000:]
+    on_another_machine = ["--output_dir", tmp_path / "two", "--max_steps", 3]
+    second = run(hub, "train.py", *TRAIN, *more, *on_another_machine, "--resume_from_checkpoint", "me/resumed")
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert "Resuming from" in second.stdout
+    state = json.loads((tmp_path / "two" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert [line["step"] for line in state["log_history"] if "loss" in line] == [1, 2, 3]
+
+
+@pytest.fixture
+def output_dir(make_trainer, tmp_path) -> Path:
+    trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(model_name="out")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: there is no such directory"),
+        (["OUT", "--checkpoint", "3"], "whole checkpoints in OUT: 1, 2."),
+        (["OUT", "--checkpoint", "last"], "--checkpoint last is neither a step nor 'all'"),
+        (["OUT", "--checkpoint", "all", "--tag", "v1"], "--tag names one push, and --checkpoint all makes several"),
+        (["OUT", "--retry_seconds", "-1"], "--retry_seconds -1.0 must be 0 or more"),
+        (["OUT/checkpoint-1/nothing", "--repo_id", "x"], "there is no such directory"),
+        (["OUT", "--hub_token", "x"], "unrecognized arguments: --hub_token x"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line(arguments, message, output_dir, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["push", *(argument.replace("OUT", str(output_dir)) for argument in arguments)])
+    assert exit_.value.code == 2
+    assert message.replace("OUT", str(output_dir)) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_directory_without_a_model_and_an_offline_machine_are_told_so(output_dir, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as exit_:
+        main(["push", str(tmp_path / "empty")])
+    assert exit_.value.code == 2
+    assert "holds neither a model nor a whole checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1 not done"):  # conftest.py sets HF_HUB_OFFLINE
+        main(["push", str(output_dir)])
+    assert "Not pushed: the model to out: HF_HUB_OFFLINE is set" in capsys.readouterr().out
+
+
+def test_empty_weights_are_refused(tmp_path):
+    save_file({"whole": torch.ones(2), "embed": torch.ones(0)}, tmp_path / "model.safetensors")
+    with pytest.raises(PushError, match=r"holds empty weights \(embed\)"):
+        check_weights(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "global_step2").mkdir()
+    with pytest.raises(PushError, match="only the shards of its processes: set zero3_save_16bit_model"):
+        check_weights(tmp_path)
+
+
+def test_a_checkpoint_of_shards_is_recorded_with_the_reason(tmp_path):
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / "global_step1").mkdir(parents=True)
+    (checkpoint / "config.json").write_text("{}")
+    PushQueue(tmp_path, HfApi(), retry_seconds=0).add(Push("checkpoint-1", "model"), checkpoint)
+    assert "holds no model weights, only the shards of its processes" in what_is_missing(tmp_path)
+
+
+def test_what_is_the_runs_own_is_never_pushed():
+    own = [
+        "_base-seed0/model.safetensors", "_hub.json", "checkpoint-1/model.safetensors", ".env", "a/.git/config",
+        "completions/completions_00001.parquet", "training_args.bin", "optimizer.pt", "rng_state_0.pth",
+        "scheduler.pt", "global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt", "trainer_state.json",
+    ]  # fmt: skip
+    assert [name for name in own if is_pushed(name)] == []
+    assert [name for name in own if is_pushed(name, states=True)] == own[7:]
+    model = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "vocab.json"]
+    assert all(is_pushed(name) for name in model)
+
+
+def test_retries_grow_heed_the_hub_and_end():
+    class Hub:
+        def __init__(self, *answers):
+            self.answers, self.waits = list(answers), []
+
+        def __call__(self):
+            answer = self.answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    busy, refused = PushError("busy", passes=True), PushError("refused")
+    hub = Hub(busy, PushError("busy", passes=True, retry_after=7), busy, "done")
+    assert with_retries(hub, 100, lambda _: None, hub.waits.append) == "done"
+    assert hub.waits == [2, 7, 8]
+    for answers, seconds in (([refused], 100), ([busy], 0), ([PushError("busy", passes=True, retry_after=99)], 50)):
+        hub = Hub(*answers)
+        with pytest.raises(PushError):
+            with_retries(hub, seconds, lambda _: None, hub.waits.append)
+        assert hub.waits == []
+
+
+# The card and the recipe
+
+
+def test_the_card_tells_how_to_use_and_repeat_it(output_dir):
+    card = card_for_hub(output_dir, "me/model", merged=False).decode()
+    assert 'from_pretrained("me/model")' in card
+    assert "PATH/TO" not in card
+    assert "<!--" not in card
+    for expected in (
+        "Learning to Reason under Off-Policy Guidance", "@article{yan2025luffy", "@software{vonwerra2020trl",
+        "![Reward, entropy and probability", "trl 1.16.", "do_sample=True, temperature=1.0",
+    ):  # fmt: skip
+        assert expected in card
+    assert (output_dir / "curves.png").stat().st_size > 10_000
+    assert ModelCard(card).data.get("model-index") is None
+
+
+def test_the_recipe_of_the_card_gives_the_same_config(output_dir, config, tmp_path):
+    card = (output_dir / "README.md").read_text()
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert recipe["num_generations"] == 4
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    parser = TrlParser((LuffyScriptArguments, LuffyConfig, ModelConfig))
+    _, again, _ = parser.parse_args_and_config(["--config", str(tmp_path / "recipe.yaml")])
+    original = config(max_steps=2, save_strategy="steps", save_steps=1).to_dict()
+    different = {name for name, value in again.to_dict().items() if value != original[name]}
+    assert different <= {"output_dir"}  # its last name alone
+
+
+def test_an_evaluation_becomes_metadata_and_a_table(output_dir):
+    (output_dir / "eval").mkdir()
+    summary = {"score": 0.501, "stderr": 0.0123, "problems": 30, "samples": 32, "truncated": 0.0}
+    results = {"name": "out", "tasks": {"luffy_aime24": summary, "luffy_one": summary | {"stderr": None}}}
+    (output_dir / "eval" / "results.json").write_text(json.dumps(results))
+    card = card_for_hub(output_dir, "me/model", merged=False).decode()
+    assert "| luffy_aime24 | 50.1 ± 1.2 | 30 | 32 |\n| luffy_one | 50.1 | 30 | 32 |" in card
+    [first, _] = ModelCard(card).data.eval_results
+    assert (first.dataset_name, first.metric_type, first.metric_value) == ("luffy_aime24", "accuracy", 50.1)
+    (output_dir / "eval" / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not hold the results of `luffy-trl eval`"):
+        card_for_hub(output_dir, "me/model", merged=False)
+
+
+def test_a_conversational_dataset_is_prompted_through_its_template(make_trainer, walks, tmp_path):
+    messages = [{"role": "system", "content": "Think first."}, {"role": "user", "content": "a row of the data"}]
+    lines = prompting(messages, {"enable_thinking": True}, 64, 0.6)
+    assert "Think first." in lines
+    assert "a row of the data" not in lines
+    assert 'return_tensors="pt", enable_thinking=True' in lines
+    compile(lines, "card", "exec")
+
+
+# Secrets
+
+
+def test_secrets_are_masked_wherever_they_stand(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("SOME_TOKEN", "true")  # too short to be one
+    secrets = known_secrets("given-by-hand")
+    assert {"0123456789abcdef", "given-by-hand"} <= secrets
+    assert "true" not in secrets
+    assert redact(f"a {TOKEN} b given-by-hand c", secrets) == "a *** b *** c"
+    assert shown_command(
+        ["train.py", "--hub_token", "secret1", "--hub-token=secret2", "--output_dir", "/home/me/out", TOKEN], secrets
+    ) == "train.py --hub_token '***' '--hub-token=***' --output_dir out '***'"  # fmt: skip
+    nested = {"model_init_kwargs": {"token": "x", "revision": "main"}, "list": [TOKEN]}
+    assert redact_values(nested) == {"model_init_kwargs": {"token": "***", "revision": "main"}, "list": ["***"]}
+    (tmp_path / "file").write_bytes(b"x" * ((1 << 20) - 5) + b"given-by-hand")  # across two blocks
+    assert holds_secret(tmp_path / "file", secrets)
+    assert not holds_secret(tmp_path / "file", {"another one"})
+
+
+def test_a_pickled_config_holds_no_token(config):
+    args = config(hub_token=TOKEN)
+    assert TOKEN.encode() not in pickle.dumps(args)
+    assert args.hub_token == TOKEN  # the caller's object keeps it
+
+
+# Fields
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"merge_and_push": True}, "merge_and_push=True does nothing without push_to_hub=True"),
+        ({"hub_checkpoint_revisions": True}, "hub_checkpoint_revisions=True does nothing without push_to_hub=True"),
+        ({"hub_retry_seconds": -1}, "hub_retry_seconds=-1 must be a number of seconds, 0 or above"),
+    ],
+)
+def test_fields_that_cannot_work_are_refused(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_merging_needs_an_adapter(make_trainer):
+    with pytest.raises(ValueError, match="merge_and_push=True, but the model has no adapter"):
+        make_trainer(push_to_hub=True, merge_and_push=True)
+
+
+def test_a_trainer_made_offline_trains_and_says_what_is_missing(make_trainer, tmp_path, caplog):
+    trainer = make_trainer(push_to_hub=True, save_strategy="steps", save_steps=1, save_total_limit=1)
+    trainer.train()
+    assert trainer.push_to_hub() is None
+    assert "HF_HUB_OFFLINE is set" in caplog.text
+    assert f"luffy-trl push {tmp_path / 'out'}" in caplog.text
+    record = json.loads((tmp_path / "out" / "_hub.json").read_text())
+    assert [push["source"] for push, _ in record["missing"]] == ["."]  # it takes the checkpoints' place on main
+
+
+def test_an_older_checkpoint_never_takes_the_place_of_the_model(tmp_path):
+    """A run that could not reach the Hub does not know its owner there yet; resumed, it does."""
+    pushes = PushQueue(tmp_path, HfApi(), retry_seconds=0)
+    pushes.add(Push("checkpoint-1", "model"))
+    pushes.finish()
+    pushes.add(Push(".", "me/model"))
+    pushes.finish()
+    assert [push.source for push in pushes.record.missing] == ["."]
+
+
+def test_a_checkpoint_that_is_gone_is_said_to_be(output_dir, capsys):
+    record = Record(output_dir)
+    record.missing = {Push("checkpoint-1", "out", revision="step-1"): "no connection"}
+    record.save()
+    shutil.rmtree(output_dir / "checkpoint-1")
+    with pytest.raises(SystemExit, match="2 not done"):
+        main(["push", str(output_dir)])
+    assert "Cannot be pushed any more: checkpoint-1 to out@step-1" in capsys.readouterr().out
+    assert Record(output_dir).missing == {}
