@@ -13,6 +13,13 @@ FOLDER = Path(__file__).parent
 TIMEOUT = 360  # seconds for one cell
 
 
+def worth_keeping(output: nbformat.NotebookNode) -> bool:
+    """Not progress bars, sliders (a static figure is beside them) and what libraries say about this machine."""
+    if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+        return False
+    return output.get("name") != "stderr" and "[WARNING] [real_accelerator.py" not in output.get("text", "")
+
+
 def run(path: Path, save: bool) -> None:
     """Raises nbclient's CellExecutionError, which shows the cell and its traceback, if one fails."""
     start = time.perf_counter()
@@ -29,9 +36,8 @@ def run(path: Path, save: bool) -> None:
     if save:
         for cell in notebook.cells:
             if cell.cell_type == "code":
-                # progress bars and warnings of libraries
-                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-        notebook.metadata.pop("widgets", None)  # the sliders' state: a static figure is beside them
+                cell.outputs = [output for output in cell.outputs if worth_keeping(output)]
+        notebook.metadata.pop("widgets", None)
         nbformat.write(notebook, path)
 
 
