@@ -8,11 +8,14 @@ A stream goes the same way, without the processes. No step holds more than one b
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import multiprocess
 from datasets import Dataset, Features, IterableDataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig
@@ -178,16 +181,30 @@ def _screen(
         return dataset.map(screener, **options)
     if processes > 1:  # its own threads in each process would be too many
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return dataset.map(
-        screener,
-        num_proc=processes,
-        writer_batch_size=SCREENED_AT_ONCE,
-        # beside the result, and gone with it: the cache would keep a second copy of every trace
-        cache_file_name=str(folder / "screened.arrow"),
-        load_from_cache_file=False,
-        desc="Screening",
-        **options,
-    )
+    try:
+        return dataset.map(
+            _LeavesCtrlC(screener) if processes > 1 else screener,
+            num_proc=processes if processes > 1 else None,
+            writer_batch_size=SCREENED_AT_ONCE,
+            # beside the result, and gone with it: the cache would keep a second copy of every trace
+            cache_file_name=str(folder / "screened.arrow"),
+            load_from_cache_file=False,
+            desc="Screening",
+            **options,
+        )
+    except multiprocess.TimeoutError as error:  # what `datasets` makes of Ctrl-C
+        raise KeyboardInterrupt from error
+
+
+@dataclass
+class _LeavesCtrlC:
+    """The screener in a worker process: Ctrl-C is for the main process, which ends its workers."""
+
+    screener: Screener
+
+    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return self.screener(batch, indices)
 
 
 def _finish(
