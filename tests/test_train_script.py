@@ -341,6 +341,18 @@ def test_wrong_flags_of_sft(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_data_that_cannot_be_used_is_one_line(tiny_model_dir, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    more = ["--reward_funcs", "letter_walk_reward", "--report_to", "none", "--max_completion_length", "16"]
+    more += ["--output_dir", str(tmp_path / "out")]
+    data.write_text(json.dumps({"prompt": "Da:", "completion": "b" * 99, "solution": "b"}) + "\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(data), *CPU, *more])
+    assert stop.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert line.startswith("luffy-trl train: error: None of the 1 prompts has a usable demonstration")
+
+
 # The paper's recipes
 
 

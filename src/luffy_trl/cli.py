@@ -70,11 +70,15 @@ def _start(
 ) -> None:
     """Parse TRL-style arguments, `--config FILE.yaml` and a flag for every field, and run the training."""
     from .stopping import RunStopped, exit_stopped
+    from .training import UsageError
 
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     try:
         trainer = run(*_parse(argv, prog, summary, config_class, check))
+    except UsageError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
     except RunStopped as stopped:
         exit_stopped(stopped)
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ from .training import (
     EMBEDDED_TASK,
     LuffyScriptArguments,
     base_model,
+    before_training,
     check_dataset_arguments,
     check_output_dir,
     load_dataset_splits,
@@ -69,38 +70,39 @@ def run_sft(
         command: the command line, said with what was saved.
 
     Raises:
-        ValueError: for arguments or data that do not go together, before any training step.
+        UsageError: a ValueError, for arguments or data that do not go together, before any training step.
         RunStopped: after a signal, when the checkpoint is saved.
     """
-    check_sft_arguments(script_args, model_args)
-    check_output_dir(training_args.output_dir)
-    dataset_name = script_args.dataset_name or EMBEDDED_TASK
-    splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
-    dataset = load_split(splits, script_args.dataset_train_split, dataset_name)
-    if not isinstance(dataset, Dataset):
-        raise ValueError("--dataset_streaming is for train.py; SFT reads the whole dataset.")
-    columns = [column for column in ("completion", "demonstrations") if column in dataset.column_names]
-    if len(columns) != 1:
-        raise ValueError(
-            f"--dataset_name {dataset_name} needs one of the columns `completion` and `demonstrations`, and has "
-            f"{', '.join(dataset.column_names)}."
-        )
-    rows = to_prompt_completion(dataset)
-    if len(rows) == 0:
-        raise ValueError(f"--dataset_name {dataset_name}: none of its {len(dataset)} rows has a demonstration.")
+    with before_training():
+        check_sft_arguments(script_args, model_args)
+        check_output_dir(training_args.output_dir)
+        dataset_name = script_args.dataset_name or EMBEDDED_TASK
+        splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
+        dataset = load_split(splits, script_args.dataset_train_split, dataset_name)
+        if not isinstance(dataset, Dataset):
+            raise ValueError("--dataset_streaming is for train.py; SFT reads the whole dataset.")
+        columns = [column for column in ("completion", "demonstrations") if column in dataset.column_names]
+        if len(columns) != 1:
+            raise ValueError(
+                f"--dataset_name {dataset_name} needs one of the columns `completion` and `demonstrations`, and has "
+                f"{', '.join(dataset.column_names)}."
+            )
+        rows = to_prompt_completion(dataset)
+        if len(rows) == 0:
+            raise ValueError(f"--dataset_name {dataset_name}: none of its {len(dataset)} rows has a demonstration.")
 
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    } | (training_args.model_init_kwargs or {})
-    trainer = SFTTrainer(
-        base_model(model_args.model_name_or_path, training_args.output_dir, training_args.seed),
-        training_args,
-        train_dataset=rows,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+        training_args.model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+        } | (training_args.model_init_kwargs or {})
+        trainer = SFTTrainer(
+            base_model(model_args.model_name_or_path, training_args.output_dir, training_args.seed),
+            training_args,
+            train_dataset=rows,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
     trainer.accelerator.print(f"SFT on {len(rows)} demonstrations of {len(dataset)} prompts")
     with StopAtStep() as stop:
         trainer.add_callback(stop)

@@ -1,6 +1,7 @@
 """One training run from arguments: what `train.py`, `luffy-trl train` and notebooks share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -65,6 +66,19 @@ class LuffyScriptArguments(ScriptArguments):
     )
 
 
+class UsageError(ValueError):
+    """What the person who started a run can put right: arguments, data, a model that do not go together."""
+
+
+@contextmanager
+def before_training() -> Iterator[None]:
+    """A ValueError in here is about arguments or data."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def check_arguments(script_args: LuffyScriptArguments, model_args: ModelConfig) -> None:
     """Raises ValueError for arguments that do not go together, before anything is loaded."""
     check_dataset_arguments(script_args, model_args)
@@ -104,34 +118,35 @@ def run(
         command: the command line for the card, without secrets.
 
     Raises:
-        ValueError: for arguments or data that do not go together, before any training step.
+        UsageError: a ValueError, for arguments or data that do not go together, before any training step.
         RunStopped: after a signal, when the checkpoint is saved.
     """
-    check_arguments(script_args, model_args)
-    check_output_dir(training_args.output_dir)
-    facts = card_facts(script_args, training_args, model_args, command)
-    dataset_name = script_args.dataset_name or EMBEDDED_TASK
-    reward_funcs = load_reward_funcs(script_args.reward_funcs, dataset_name)
-    splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
-    train_dataset = load_split(splits, script_args.dataset_train_split, dataset_name)
-    eval_dataset = None
-    if training_args.eval_strategy != "no":
-        eval_dataset = load_split(splits, script_args.dataset_test_split, dataset_name)
+    with before_training():
+        check_arguments(script_args, model_args)
+        check_output_dir(training_args.output_dir)
+        facts = card_facts(script_args, training_args, model_args, command)
+        dataset_name = script_args.dataset_name or EMBEDDED_TASK
+        reward_funcs = load_reward_funcs(script_args.reward_funcs, dataset_name)
+        splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
+        train_dataset = load_split(splits, script_args.dataset_train_split, dataset_name)
+        eval_dataset = None
+        if training_args.eval_strategy != "no":
+            eval_dataset = load_split(splits, script_args.dataset_test_split, dataset_name)
 
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    } | (training_args.model_init_kwargs or {})
-    trainer = LuffyTrainer(
-        base_model(model_args.model_name_or_path, training_args.output_dir, training_args.seed),
-        reward_funcs,
-        training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+        training_args.model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+        } | (training_args.model_init_kwargs or {})
+        trainer = LuffyTrainer(
+            base_model(model_args.model_name_or_path, training_args.output_dir, training_args.seed),
+            reward_funcs,
+            training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
     trainer.card_facts = facts
     with StopAtStep() as stop:
         trainer.add_callback(stop)
