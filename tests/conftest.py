@@ -1,8 +1,11 @@
 """Tiny models, tokenizers and datasets, made on the spot: CPU, float32, no network."""
 
 import os
+import signal
 
 
+# A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before any Hugging Face import: nothing in the tests may reach for the network
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
