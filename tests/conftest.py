@@ -4,8 +4,6 @@ import os
 import signal
 
 
-# A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C
-signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before any Hugging Face import: nothing in the tests may reach for the network
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -35,6 +33,11 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"the folder of real problems and traces is not here ({SHARED_DATA})")
     return SHARED_DATA
+
+
+def pytest_configure():
+    # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

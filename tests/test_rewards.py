@@ -340,18 +340,24 @@ def test_workers_killed_from_outside_cost_nothing(fresh):
     golds = [str(n * n) for n in range(400)]
     done = threading.Event()
 
-    def kill_now_and_then():
-        while not done.wait(0.3):
-            for process in workers_of(psutil.Process())[:1]:
-                process.kill()
+    killed = []
 
-    killer = threading.Thread(target=kill_now_and_then)
+    def kill_some():  # that have begun to work: one that never starts is another matter
+        while not done.wait(0.05) and len(killed) < 2:
+            ready = [w.process for w in list(fresh.pool.workers) if w.ready and w.process.pid not in killed]
+            if ready:
+                ready[0].kill()
+                killed.append(ready[0].pid)
+                done.wait(1)
+
+    killer = threading.Thread(target=kill_some)
     killer.start()
     try:
         assert verify_math(answers, golds) == [True] * 400
     finally:
         done.set()
         killer.join()
+    assert killed
 
 
 def test_several_threads_at_once(fresh):
