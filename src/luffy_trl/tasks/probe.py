@@ -38,7 +38,7 @@ class Probe(TrainerCallback):
         self.max_new_tokens = max_new_tokens
         self.report = report
         self.steps_before = 0  # steps of earlier phases, where training has several
-        self.seconds = 0.0  # spent on measuring, not on training
+        self.seconds, self.cpu_seconds = 0.0, 0.0  # spent on measuring, not on training
         self.curves: dict[str, list[float]] = {}
         self._rare: torch.Tensor | None = None  # (B, T)
 
@@ -51,7 +51,7 @@ class Probe(TrainerCallback):
             self._measure(model, state)
 
     def _measure(self, model, state):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         with torch.random.fork_rng(), torch.no_grad():  # leaves the training's random numbers alone
             torch.manual_seed(0)
             values, demonstration_logps = probe(model, self.tokenizer, self.walks, self.max_new_tokens)
@@ -61,6 +61,7 @@ class Probe(TrainerCallback):
         for key, value in {"step": self.steps_before + state.global_step, **values}.items():
             self.curves.setdefault(key, []).append(value)
         self.seconds += time.perf_counter() - start
+        self.cpu_seconds += time.process_time() - cpu_start
         if self.report is not None:
             self.report(self.steps_before + state.global_step, values)
 
