@@ -30,7 +30,7 @@ import torch
 from learning_report import write_report
 from transformers import AutoTokenizer, logging, set_seed
 
-from luffy_trl.comparison import METHODS, make_trainer
+from luffy_trl.comparison import GROUP_SIZE, METHODS, PROMPTS_PER_STEP, make_trainer
 from luffy_trl.tasks.free_order import sample_free_order_walk
 from luffy_trl.tasks.letter_walk import distinct_walks, letter_walk_reward, sample_walk
 from luffy_trl.tasks.letter_walk_base import accuracy, load_or_pretrain
@@ -107,7 +107,8 @@ def grid(seeds: tuple[int, ...] = SEEDS) -> list[Run]:
     for gamma in (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0):
         add("gamma", ("LUFFY",), flags={"shaping_gamma": gamma}, label=f"{gamma:g}")
     for count in (0, 1, 2, 4):
-        add("demonstrations", ("LUFFY",), flags={"num_demonstrations": count}, label=str(count))
+        flags = {"num_demonstrations": count}
+        add("demonstrations", ("LUFFY",), data={"copies": 4}, flags=flags, label=str(count))
     for diligence in (0.0, 0.0005, 0.003, 0.02):
         for method in ("GRPO", "mixed policy", "LUFFY"):
             add("initial probability", (method,), diligence=diligence, label=f"{diligence:g}")
@@ -165,10 +166,19 @@ def train(run: Run, base: Path, train_dataset, learning_rate: float, steps: int,
                 start = Path(directory) / method
                 trainer.save_model(str(start))
                 probe.steps_before += phase_steps
-    lengths = [log["on_policy/length"] for log in logs if "on_policy/length" in log]
-    rows = 64 - 8 * METHODS.get(phases[-1][0], {}).get("num_demonstrations", 1)
+    rows, most = (
+        PROMPTS_PER_STEP * GROUP_SIZE,
+        (METHODS.get(phases[-1][0], {}) | run.flags).get("num_demonstrations", 1),
+    )
+    # Rollouts of the generations there were, as a share of the rows held demonstrations; none in SFT's logs. Of
+    # prefixes the policy's part is left out.
+    generated = sum(
+        log["on_policy/length"] * (rows - PROMPTS_PER_STEP * most * log["groups/guided"])
+        for log in logs
+        if "on_policy/length" in log
+    )
     clips = [log["clip_ratio/region_mean"] for log in logs if "clip_ratio/region_mean" in log]
-    return trainer.model, sum(lengths) * rows, sum(clips) / len(clips) if clips else 0.0
+    return trainer.model, generated, sum(clips) / len(clips) if clips else 0.0
 
 
 @torch.no_grad()

@@ -12,7 +12,12 @@ DEMONSTRATION_STYLES = ("plain", "doubled")
 
 
 def demonstrate(
-    walks: Sequence[Walk], faulty: float = 0.0, demonstrated: float = 1.0, style: str = "plain", seed: int = 0
+    walks: Sequence[Walk],
+    faulty: float = 0.0,
+    demonstrated: float = 1.0,
+    style: str = "plain",
+    copies: int = 1,
+    seed: int = 0,
 ) -> Dataset:
     """The data contract's columns, with demonstrations as a teacher of the given habits would write them.
 
@@ -22,6 +27,7 @@ def demonstrate(
             each time, which a policy can learn. They earn no reward.
         demonstrated: share of the problems that have a demonstration.
         style: "plain", or "doubled": every letter of the working twice, with the right answer.
+        copies: of each demonstration, for groups that hold several; above 1 they are in `demonstrations`.
         seed: which problems they are.
 
     Raises:
@@ -37,10 +43,12 @@ def demonstrate(
         steps = walks[i].steps()
         steps = steps[:-1] if i in wrong else steps
         completions[i] = answered([step for step in steps for _ in range(2)] if style == "doubled" else steps)
-    return Dataset.from_dict(
-        {
-            "prompt": [walk.prompt() for walk in walks],
-            "completion": completions,
-            "solution": [walk.answer for walk in walks],
-        }
-    )
+    columns: dict[str, list] = {
+        "prompt": [walk.prompt() for walk in walks],
+        "solution": [walk.answer for walk in walks],
+    }
+    if copies > 1:
+        columns["demonstrations"] = [[text] * copies if text else [] for text in completions]
+    else:
+        columns["completion"] = completions
+    return Dataset.from_dict(columns)
