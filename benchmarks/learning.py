@@ -1,7 +1,7 @@
 """All methods on embedded tasks, from the same bases, with the same steps: what each claim of the paper looks like.
 
-Each run is one line of `OUTPUT.runs.jsonl`, written when it ends: started again, a benchmark that was stopped goes on.
-Runs are ordered so that the claims come first and the sweeps last, and one process per worker takes them in turn.
+Each run is one line of the log, outputs/learning/runs.jsonl, written when it ends: started again, a benchmark that was
+stopped goes on. Runs are ordered so that the claims come first and the sweeps last; each worker process takes the next.
 The table of docs/learning.md and its figures are written from the JSON file at the end, and by --report alone.
 
     python benchmarks/learning.py --workers 2
@@ -289,7 +289,7 @@ def run_grid(runs: list[Run], steps: int, workers: int, directory: Path, log: Pa
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/learning_cpu.json"))
-    parser.add_argument("--log", type=Path, help="one JSON line a run; default: beside the output, .runs.jsonl")
+    parser.add_argument("--log", type=Path, default=Path("outputs/learning/runs.jsonl"), help="one JSON line a run")
     parser.add_argument("--bases", type=Path, default=Path("outputs/learning/bases"))
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where learning.md and the figures are")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.conditions:
         tasks = {run.task for run in runs if not run.condition.startswith("validation")}
         runs = [run for run in runs if run.task in tasks]
-    log = args.log or args.output.with_suffix(".runs.jsonl")
+    log = args.log
     if not args.report:
         try:
             run_grid(runs, args.steps, args.workers, args.bases, log)

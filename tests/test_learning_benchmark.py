@@ -146,6 +146,7 @@ def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, tiny_model_di
         (tmp_path / "bases" / f"letter-walk-0-seed{seed}").symlink_to(tiny_model_dir)
     command = [
         sys.executable, BENCHMARKS / "learning.py", "--output", tmp_path / "out.json", "--bases", tmp_path / "bases",
+        "--log", tmp_path / "runs.jsonl",
         "--docs", docs, "--steps", "2", "--seeds", "0", "--conditions", "clean", "--methods", "LUFFY", "SFT",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, text=True)
@@ -165,7 +166,7 @@ def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, tiny_model_di
     assert (docs / "learning_shaping.png").stat().st_size < 200_000
 
     # a line that is there is not run again
-    log = tmp_path / "out.runs.jsonl"
+    log = tmp_path / "runs.jsonl"
     lines = log.read_text().splitlines()
     log.write_text("\n".join(lines[:-1]) + "\n")
     again = subprocess.run(command, check=True, capture_output=True, text=True)
