@@ -1,7 +1,7 @@
 """All methods on embedded tasks, from the same bases, with the same steps: what each claim of the paper looks like.
 
 Each run is one line of the log, outputs/learning/runs.jsonl, written when it ends: started again, a benchmark that was
-stopped goes on. Runs are ordered so that the claims come first and the sweeps last; each worker process takes the next.
+stopped goes on. Runs are ordered so that the claims come first and the sweeps last; each worker takes the next.
 The table of docs/learning.md and its figures are written from the JSON file at the end, and by --report alone.
 
     python benchmarks/learning.py --workers 2
