@@ -15,6 +15,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -79,7 +80,7 @@ class Run:
         return f"{self.condition} | {self.method} | {self.label}{rate} | seed {self.seed}"
 
 
-def grid(seeds: tuple[int, ...] = SEEDS) -> list[Run]:
+def grid(seeds: tuple[int, ...] = SEEDS, rates: tuple[float, ...] = LEARNING_RATES) -> list[Run]:
     runs: list[Run] = []
 
     def add(condition: str, methods: tuple[str, ...], **options):
@@ -89,7 +90,7 @@ def grid(seeds: tuple[int, ...] = SEEDS) -> list[Run]:
         runs.extend(
             Run(f"validation: {task}", method, VALIDATION_SEED, task, learning_rate=rate)
             for method in CORE
-            for rate in LEARNING_RATES
+            for rate in rates
         )
 
     choose_rates("letter walk")
@@ -115,6 +116,11 @@ def grid(seeds: tuple[int, ...] = SEEDS) -> list[Run]:
     return runs
 
 
+def tuned(method: str) -> str:
+    """The method whose learning rate this one takes."""
+    return method if method in CORE else "LUFFY"
+
+
 def base_of(run: Run, directory: Path) -> Path:
     task = TASKS[run.task]
     options = {"diligence": run.diligence} | task.get("pretraining", {})
@@ -122,17 +128,17 @@ def base_of(run: Run, directory: Path) -> Path:
     return load_or_pretrain(directory / name, run.seed, sample=task["sample"], **options)
 
 
-def execute(run: Run, base: Path, learning_rate: float, steps: int) -> dict[str, Any]:
+def execute(run: Run, base: Path, learning_rate: float, steps: int, test_size: int = TEST_SIZE) -> dict[str, Any]:
     """Train and measure; everything that is reported of the run."""
     task = TASKS[run.task]
     limit = 32 if run.data.get("style") == "doubled" else task["max_completion_length"]
     tokenizer = AutoTokenizer.from_pretrained(base)
     walks = distinct_walks(run.seed, TRAINED, task["sample"])
-    tests = {TRAINED: list(islice(walks, TEST_SIZE))}
+    tests = {TRAINED: list(islice(walks, test_size))}
     probe = Probe(tokenizer, list(islice(walks, PROBE_SIZE)), PROBE_EVERY, limit)
     train_dataset = demonstrate(list(islice(walks, TRAIN_SIZE)), seed=run.seed, **run.data)
     for length in LENGTHS:
-        tests.setdefault(length, list(islice(distinct_walks(run.seed, length, task["sample"]), TEST_SIZE)))
+        tests.setdefault(length, list(islice(distinct_walks(run.seed, length, task["sample"]), test_size)))
 
     start = time.process_time()  # one thread: what it would take alone, whatever else the machine does
     model, generated, clipped = train(run, base, train_dataset, learning_rate, steps, probe, limit)
@@ -229,9 +235,9 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def work(job: tuple[Run, Path, float, int]) -> tuple[str, dict[str, Any]]:
-    run, directory, learning_rate, steps = job
-    return run.key, execute(run, base_of(run, directory), learning_rate, steps)
+def work(job: tuple[Run, Path, float, int, int]) -> tuple[str, dict[str, Any]]:
+    run, directory, learning_rate, steps, test_size = job
+    return run.key, execute(run, base_of(run, directory), learning_rate, steps, test_size)
 
 
 def read_runs(path: Path) -> dict[str, dict[str, Any]]:
@@ -250,14 +256,15 @@ def chosen_rates(done: dict[str, dict[str, Any]]) -> dict[tuple[str, str], float
             rewards = result["curves"]["reward"]
             by_rate = scores.setdefault((result["task"], result["method"]), {})
             by_rate[result["learning_rate"]] = sum(rewards) / len(rewards)
-    middle = sorted(LEARNING_RATES)[len(LEARNING_RATES) // 2]
     return {
-        key: middle if len(set(by_rate.values())) == 1 else max(by_rate, key=lambda rate: by_rate[rate])
+        key: sorted(by_rate)[len(by_rate) // 2]
+        if len(set(by_rate.values())) == 1
+        else max(by_rate, key=lambda rate: by_rate[rate])
         for key, by_rate in scores.items()
     }
 
 
-def run_grid(runs: list[Run], steps: int, workers: int, directory: Path, log: Path) -> None:
+def run_grid(runs: list[Run], steps: int, test_size: int, workers: int, directory: Path, log: Path) -> None:
     """Execute the runs that the log does not have, in order, and append each as it ends."""
     done = read_runs(log)
     directory.mkdir(parents=True, exist_ok=True)
@@ -270,12 +277,7 @@ def run_grid(runs: list[Run], steps: int, workers: int, directory: Path, log: Pa
             pool.starmap(base_of, [(run, directory) for run in bases.values()], chunksize=1)
             rates = chosen_rates(done)
             jobs = [
-                (
-                    run,
-                    directory,
-                    run.learning_rate or rates[run.task, run.method if run.method in CORE else "LUFFY"],
-                    steps,
-                )
+                (run, directory, run.learning_rate or rates[run.task, tuned(run.method)], steps, test_size)
                 for run in todo
             ]
             for key, result in pool.imap_unordered(work, jobs):
@@ -284,6 +286,26 @@ def run_grid(runs: list[Run], steps: int, workers: int, directory: Path, log: Pa
                 file.flush()
                 finished = sum(run.key in done for run in runs)
                 print(f"{time.time() - start:6.0f} s  {finished:>3} of {total}  {key}", flush=True)
+
+
+def selected(runs: list[Run], conditions: Sequence[str], methods: Sequence[str]) -> list[Run]:
+    """The runs of these, and the validation runs that they need."""
+    wanted = [run for run in runs if run.condition in conditions and run.method in methods and not is_validation(run)]
+    needed = {(run.task, tuned(run.method)) for run in wanted}
+    return [run for run in runs if run in wanted or (is_validation(run) and (run.task, run.method) in needed)]
+
+
+def is_validation(run: Run) -> bool:
+    return run.condition.startswith("validation")
+
+
+def rounded(value: Any) -> Any:
+    """The same with four significant digits, which is more than three seeds tell."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -295,32 +317,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--test_size", type=int, default=TEST_SIZE, help="held-out walks of each length")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=list(LEARNING_RATES), help="to choose from")
     parser.add_argument("--conditions", nargs="+", help="only these (validation runs come along)")
     parser.add_argument("--methods", nargs="+", choices=ALL, help="only these")
     parser.add_argument("--report", action="store_true", help="no runs: table and figures from what the log has")
     args = parser.parse_args(argv)
-    runs = grid(tuple(args.seeds))
+    runs = grid(tuple(args.seeds), tuple(args.learning_rates))
     known = sorted({run.condition for run in runs})
     for condition in args.conditions or []:
         if condition not in known:
             parser.error(f"--conditions {condition!r} is not one of {', '.join(map(repr, known))}.")
     if VALIDATION_SEED in args.seeds:
         parser.error(f"--seeds {VALIDATION_SEED} is the seed on which learning rates are chosen. Take another.")
-    if args.workers < 1 or args.steps < 2:
-        parser.error("--workers must be 1 or more, --steps 2 or more.")
-    runs = [
-        run
-        for run in runs
-        if (not args.conditions or run.condition in args.conditions or run.condition.startswith("validation"))
-        and (not args.methods or run.method in args.methods)
-    ]
-    if args.conditions:
-        tasks = {run.task for run in runs if not run.condition.startswith("validation")}
-        runs = [run for run in runs if run.task in tasks]
+    if args.workers < 1 or args.steps < 2 or args.test_size < 1:
+        parser.error("--workers and --test_size must be 1 or more, --steps 2 or more.")
+    runs = selected(runs, args.conditions or known, args.methods or ALL)
     log = args.log
     if not args.report:
         try:
-            run_grid(runs, args.steps, args.workers, args.bases, log)
+            run_grid(runs, args.steps, args.test_size, args.workers, args.bases, log)
         except KeyboardInterrupt:
             sys.exit(f"Stopped. {len(read_runs(log))} runs are in {log}; the same command goes on from there.")
     done = read_runs(log)
@@ -335,7 +351,8 @@ def main(argv: list[str] | None = None) -> None:
         "missing": sorted(run.key for run in runs if run.key not in done),
         "runs": [done[run.key] for run in runs if run.key in done],
     }
-    args.output.write_text(json.dumps(results) + "\n")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(rounded(results)) + "\n")
     write_report(results, args.docs)
 
 

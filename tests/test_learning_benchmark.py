@@ -147,7 +147,8 @@ def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, tiny_model_di
     command = [
         sys.executable, BENCHMARKS / "learning.py", "--output", tmp_path / "out.json", "--bases", tmp_path / "bases",
         "--log", tmp_path / "runs.jsonl",
-        "--docs", docs, "--steps", "2", "--seeds", "0", "--conditions", "clean", "--methods", "LUFFY", "SFT",
+        "--docs", docs, "--steps", "2", "--seeds", "0", "--test_size", "8", "--learning_rates", "1e-4",
+        "--conditions", "clean", "--methods", "LUFFY", "SFT",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, text=True)
 
@@ -157,7 +158,7 @@ def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, tiny_model_di
         ("clean", "LUFFY"),
         ("clean", "SFT"),
     ]
-    assert len(results["runs"]) == 2 * 3 + 2
+    assert len(results["runs"]) == 2 * 1 + 2
     luffy = results["runs"][-2]
     assert luffy["curves"]["step"] == [0, 2]
     assert luffy["generated_tokens"] > 0
@@ -170,4 +171,4 @@ def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, tiny_model_di
     lines = log.read_text().splitlines()
     log.write_text("\n".join(lines[:-1]) + "\n")
     again = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert again.stdout.count(" of 8 ") == 1
+    assert again.stdout.count(" of 4 ") == 1
