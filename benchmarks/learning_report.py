@@ -15,7 +15,6 @@ COLUMNS: dict[str, Callable[[Result], float]] = {
     "6": lambda run: run["accuracy"]["6"],
     "7": lambda run: run["accuracy"]["7"],
     "sampled": lambda run: run["sampled"]["5"]["right"],
-    "sound": lambda run: run["sampled"]["5"]["sound"],
     "pass@8 on 7": lambda run: run["sampled"]["7"]["pass@8"],
     "distinct of 16": lambda run: run["sampled"]["5"]["distinct"],
     "tokens": lambda run: run["sampled"]["5"]["length"],
@@ -101,7 +100,7 @@ def write_report(results: Result, docs: Path) -> None:
         return [run for run in runs if run["condition"] in conditions]
 
     curves(docs / "learning_zero_reward.png", of("clean"), ("GRPO", "LUFFY", "SFT"), ("reward",))
-    curves(docs / "learning_shaping.png", of("clean"), ("mixed policy", "LUFFY"), ("rare", "entropy"))
+    curves(docs / "learning_shaping.png", of("clean, all at 1e-4"), ("mixed policy", "LUFFY"), ("rare", "entropy"))
     curves(docs / "learning_diversity.png", of("free order"), None, ("reward", "entropy", "demonstration"))
     bars(docs / "learning_faulty.png", of("clean", "30% faulty", "60% faulty"), "sampled", "right answers, sampled")
     curves(docs / "learning_clip.png", of("four steps a generation"), None, ("reward", "rare"))
@@ -164,10 +163,11 @@ def bars(path: Path, runs: list[Result], column: str, title: str) -> None:
             if values:
                 x, mean = j + 0.27 * (i - (len(conditions) - 1) / 2), statistics.mean(values)
                 error = [[mean - min(values)], [max(values) - mean]]
-                ax.bar(x, mean, 0.25, yerr=error, capsize=2, color=f"C{i}", label=condition if j == 0 else None)
+                ax.bar(x, mean, 0.25, yerr=error, capsize=2, color=f"C{i}", label=condition)
     ax.set_xticks(range(len(methods)), methods, rotation=20)
     ax.set(title=title, ylim=(0, 1.05))
-    ax.legend()
+    handles = {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    ax.legend(handles.values(), handles.keys())
     figure.savefig(path, dpi=90)
     plt.close(figure)
 

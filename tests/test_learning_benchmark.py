@@ -147,7 +147,8 @@ def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, tiny_model_di
     command = [
         sys.executable, BENCHMARKS / "learning.py", "--output", tmp_path / "out.json", "--bases", tmp_path / "bases",
         "--log", tmp_path / "runs.jsonl",
-        "--docs", docs, "--steps", "2", "--seeds", "0", "--test_size", "8", "--learning_rates", "1e-4",
+        "--docs", docs, "--steps", "2", "--seeds", "0", "--test_size", "8", "--workers", "1",
+        "--learning_rates", "1e-4",
         "--conditions", "clean", "--methods", "LUFFY", "SFT",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, text=True)
@@ -164,7 +165,7 @@ def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, tiny_model_di
     assert luffy["generated_tokens"] > 0
     assert "### Clean" in (docs / "learning.md").read_text()
     assert "| LUFFY | " in (docs / "learning.md").read_text()
-    assert (docs / "learning_shaping.png").stat().st_size < 200_000
+    assert (docs / "learning_zero_reward.png").stat().st_size < 200_000
 
     # a line that is there is not run again
     log = tmp_path / "runs.jsonl"
