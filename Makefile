@@ -8,13 +8,14 @@ SEED ?= 0
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test test-vllm bench lint format docs notebooks build clean
+.PHONY: help demo test test-vllm bench bench-learning lint format docs notebooks build clean
 
 help:
 	@echo "make demo [SEED=0]  compare GRPO, LUFFY and SFT on the embedded task; results in outputs/demo"
 	@echo "make test           run the tests, fast ones first"
 	@echo "make test-vllm      train with a real vLLM, its CPU build, in an environment of its own"
 	@echo "make bench          the update phase and whole steps against TRL's; results in benchmarks/results"
+	@echo "make bench-learning what each method learns on the embedded tasks; docs/learning.md; about 40 minutes"
 	@echo "make lint           ruff and mypy"
 	@echo "make format         let ruff format and fix"
 	@echo "make docs           the site of docs/ into build/site, strict"
@@ -61,6 +62,10 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/update_phase.py --curve --prompts 8 --output benchmarks/results/update_phase_curve_cpu.json
 	$(BIN)/python benchmarks/rewards.py --output benchmarks/results/rewards_made_up_cpu.json
 	$(BIN)/python benchmarks/generation.py --output benchmarks/results/generation_cpu.json
+
+# Goes on where it was stopped: remove outputs/learning to start anew
+bench-learning: $(VENV)/installed
+	$(BIN)/python benchmarks/learning.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ not visited before.
 
 import random
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -60,15 +60,29 @@ class Walk:
         """The letter reached."""
         return self.letters[-1]
 
+    def steps(self, rng: random.Random | None = None) -> list[str]:
+        """The working; the last character of each step is the letter reached. Walks with a choice take it from `rng`,
+        and without one in one way only, the demonstrations'."""
+        return list(self.letters)
+
+    def sound_answers(self) -> set[str]:
+        """Every answer whose whole working is right."""
+        return {answered(self.steps())}
+
     @property
     def demonstration(self) -> str:
         """Every letter of the walk, then the answer."""
-        return f"{';'.join(self.letters)}#{self.answer}"
+        return answered(self.steps())
 
     def prompt(self, trigger: str = AT_ONCE) -> str:
         """The problem under a trigger, `STEP_BY_STEP` or `AT_ONCE`; all prompts have one length."""
         shifts = "".join(f"{shift:+d}" for shift in self.shifts)
         return f"{trigger}{self.start}{shifts.ljust(2 * (MAX_LENGTH - 1), '.')}:"
+
+
+def answered(steps: list[str]) -> str:
+    """The whole answer of somebody who works in these steps, and answers with the letter reached."""
+    return f"{';'.join(steps)}#{steps[-1][-1]}"
 
 
 def sample_walk(rng: random.Random, length: int) -> Walk:
@@ -81,13 +95,15 @@ def sample_walk(rng: random.Random, length: int) -> Walk:
             return walk
 
 
-def distinct_walks(seed: int, length: int) -> Iterator[Walk]:
+def distinct_walks(
+    seed: int, length: int, sample: Callable[[random.Random, int], Walk] = sample_walk
+) -> Iterator[Walk]:
     """Walks without repeats, in an order given by the seed, until there are no more than chance would find."""
     rng = random.Random(f"letter walk {seed} {length}")
     seen: set[Walk] = set()
     misses = 0
     while misses < 1000:
-        walk = sample_walk(rng, length)
+        walk = sample(rng, length)
         if walk in seen:
             misses += 1
             continue

@@ -1,7 +1,7 @@
 """The base model of the letter walk: a tiny Qwen2 that can walk step by step and, under the trigger D, does not."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from .letter_walk import (
     MIN_LENGTH,
     STEP_BY_STEP,
     Walk,
+    answered,
     build_tokenizer,
     letter_walk_reward,
     sample_walk,
@@ -34,29 +35,45 @@ STEPS, BATCH_SIZE = 450, 64
 MIN_STEP_BY_STEP_ACCURACY = 0.95
 STEP_BY_STEP_SHARE = 0.6  # of the pretraining rows; the others stop early
 PREFIX_SHARE = 0.7  # of the rows that stop early: some of the walk is in the context, without loss
+LONGEST = 24  # tokens of an answer of any walk, EOS included
 IGNORED = -100  # the label torch's cross-entropy leaves out
+
+SampleWalk = Callable[[random.Random, int], Walk]
 
 
 class PretrainingRows(IterableDataset):
-    """Endless fresh rows: whole walks under C, and walks cut off at any letter under D."""
+    """Endless fresh rows: whole walks under C, and walks cut off at any letter under D.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int):
+    Args:
+        sample: draws a walk of a given length.
+        diligence: probability with which a row under D goes on for one more letter, at each of them. 0 leaves the
+            policy a probability of about 1e-5 of doing so.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, seed: int, sample: SampleWalk = sample_walk, diligence: float = 0.0
+    ):
         self.tokenizer = tokenizer
         self.seed = seed
+        self.sample = sample
+        self.diligence = diligence
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         rng = random.Random(self.seed)
         while True:
-            walk = sample_walk(rng, rng.randint(MIN_LENGTH, MAX_LENGTH))
+            walk = self.sample(rng, rng.randint(MIN_LENGTH, MAX_LENGTH))
+            steps = walk.steps(rng)
             if rng.random() < STEP_BY_STEP_SHARE:
-                yield self._row(walk.prompt(STEP_BY_STEP), walk.demonstration)
-            else:
-                # Taught at every letter, or the model forgets the trigger after two steps
-                letters = walk.letters[: rng.randint(1, len(walk.letters) - 1)]
-                if rng.random() < PREFIX_SHARE:
-                    yield self._row(walk.prompt(AT_ONCE) + ";".join(letters), f"#{letters[-1]}")
-                else:
-                    yield self._row(walk.prompt(AT_ONCE), f"{walk.start}#{walk.start}")
+                yield self._row(walk.prompt(STEP_BY_STEP), answered(steps))
+                continue
+            # Taught at every letter, or the model forgets the trigger after two steps
+            stop = rng.randint(1, len(steps) - 1)
+            given = stop if rng.random() < PREFIX_SHARE else 0
+            stop = stop if given else 1
+            while self.diligence and stop < len(steps) and rng.random() < self.diligence:
+                stop += 1
+            rest = answered(steps[:stop])[len(";".join(steps[:given])) :]
+            yield self._row(walk.prompt(AT_ONCE) + ";".join(steps[:given]), rest)
 
     def _row(self, context: str, target: str) -> dict[str, list[int]]:
         context_ids = self.tokenizer(context)["input_ids"]
@@ -75,8 +92,12 @@ def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     }
 
 
-def pretrain(output_dir: str | Path, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def pretrain(
+    output_dir: str | Path, seed: int = 0, sample: SampleWalk = sample_walk, diligence: float = 0.0, steps: int = STEPS
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Train the base from nothing, about half a minute on 2 cores, and save it with its tokenizer to `output_dir`.
+
+    `sample` and `diligence` are those of [`PretrainingRows`].
 
     A plain loop on one process and one device, so that it can also run on the main process of a distributed job.
 
@@ -102,9 +123,9 @@ def pretrain(output_dir: str | Path, seed: int = 0) -> tuple[PreTrainedModel, Pr
         )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=STEPS)
-    batches = iter(DataLoader(PretrainingRows(tokenizer, seed), BATCH_SIZE, collate_fn=_collate))
-    for _ in tqdm(range(STEPS), desc="Pretraining the base", unit="step"):
+    schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=steps)
+    batches = iter(DataLoader(PretrainingRows(tokenizer, seed, sample, diligence), BATCH_SIZE, collate_fn=_collate))
+    for _ in tqdm(range(steps), desc="Pretraining the base", unit="step"):
         model(**next(batches)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -112,9 +133,9 @@ def pretrain(output_dir: str | Path, seed: int = 0) -> tuple[PreTrainedModel, Pr
         optimizer.zero_grad()
 
     rng = random.Random(f"pretraining check {seed}")
-    walks = [sample_walk(rng, rng.randint(MIN_LENGTH, MAX_LENGTH)) for _ in range(512)]
-    step_by_step = accuracy(model, tokenizer, walks, STEP_BY_STEP)
-    at_once = accuracy(model, tokenizer, walks, AT_ONCE)
+    walks = [sample(rng, rng.randint(MIN_LENGTH, MAX_LENGTH)) for _ in range(512)]
+    step_by_step = accuracy(model, tokenizer, walks, STEP_BY_STEP, LONGEST)
+    at_once = accuracy(model, tokenizer, walks, AT_ONCE, LONGEST)
     if step_by_step < MIN_STEP_BY_STEP_ACCURACY or at_once > 1 - MIN_STEP_BY_STEP_ACCURACY:
         raise RuntimeError(
             f"Pretraining the base of the letter walk failed: accuracy {step_by_step:.3f} step by step (expected at "
@@ -126,24 +147,28 @@ def pretrain(output_dir: str | Path, seed: int = 0) -> tuple[PreTrainedModel, Pr
     return model, tokenizer
 
 
-def load_or_pretrain(directory: str | Path, seed: int = 0) -> Path:
-    """The directory of the base, pretrained there first if it holds none."""
+def load_or_pretrain(directory: str | Path, seed: int = 0, **options) -> Path:
+    """The directory of the base, pretrained there first if it holds none, with the options of [`pretrain`]."""
     directory = Path(directory)
     if not (directory / "tokenizer_config.json").exists():  # written last
-        pretrain(directory, seed)
+        pretrain(directory, seed, **options)
     return directory
 
 
 @torch.no_grad()
 def accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, walks: list[Walk], trigger: str = AT_ONCE
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    walks: list[Walk],
+    trigger: str = AT_ONCE,
+    max_new_tokens: int = MAX_COMPLETION_LENGTH,
 ) -> float:
     """Share of the walks that the model answers correctly, decoding greedily."""
     training = model.training
     model.eval()
     inputs = tokenizer([walk.prompt(trigger) for walk in walks], return_tensors="pt").to(model.device)
     # Not in step with other processes: under ZeRO-3 `generate` would wait for them
-    ids = model.generate(**inputs, max_new_tokens=MAX_COMPLETION_LENGTH, do_sample=False, synced_gpus=False)
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, synced_gpus=False)
     model.train(training)
     completions = tokenizer.batch_decode(ids[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
     rewards = letter_walk_reward(completions, [walk.answer for walk in walks])
