@@ -144,8 +144,8 @@ class LuffyConfig(GRPOConfig):
     replay_capacity: int = field(
         default=100_000,
         metadata={
-            "help": "Trajectories that all processes together keep, at 6 bytes a token of host memory; then the "
-            "oldest goes. Default 100000: 1.2 GB where they have 2000 tokens."
+            "help": "Trajectories that all processes together keep, at 6 bytes a token and some overhead; then the "
+            "oldest goes. Default 100000: 1.6 GB, measured, where they have 2000 tokens."
         },
     )
     demonstration_overflow: str = field(

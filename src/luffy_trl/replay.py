@@ -137,7 +137,7 @@ class ReplayBuffer:
         buckets: defaultdict[int, list[int]] = defaultdict(list)
         for row in sorted(self._numbers.keys() - set(leave_out)):
             buckets[round(self.success[row] * self.group_size)].append(row)
-        chosen = []
+        chosen: list[int] = []
         while buckets and len(chosen) < number:
             bucket = self._draw_bucket(sorted(buckets))
             rows = buckets[bucket]

@@ -83,6 +83,9 @@ class DemonstrationSource(ABC):
 
     uses_rollouts = False
 
+    # What a source does not need does nothing
+    # ruff: noqa: B027
+
     @abstractmethod
     def place(self, rows: list[Row], group_size: int, per_group: int) -> Placement:
         """Choose the demonstrations of a generation, at most `per_group` in each group.

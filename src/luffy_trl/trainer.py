@@ -345,7 +345,9 @@ class LuffyTrainer(GRPOTrainer):
             if self._has_behavior_logps:
                 output["behavior_logps"] = self._behavior_logps(mask)
         if self._learning_source is not None:
-            output["remembered_row"] = self._record(placement.rows, rewards, all_is_demonstration)
+            output["remembered_row"] = self._record(
+                self._learning_source, placement.rows, rewards, all_is_demonstration
+            )
             for name, value in self._learning_source.metrics().items():
                 mean = self.accelerator.reduce(torch.tensor(value, device=rewards.device), "mean").item()
                 self._metrics["train"][name].append(mean)
@@ -355,7 +357,11 @@ class LuffyTrainer(GRPOTrainer):
         return output
 
     def _record(
-        self, rows: list[dict[str, Any]], rewards: torch.Tensor, is_demonstration: torch.Tensor
+        self,
+        source: DemonstrationSource,
+        rows: list[dict[str, Any]],
+        rewards: torch.Tensor,
+        is_demonstration: torch.Tensor,
     ) -> torch.Tensor:
         """Tell the source what the prompts' rollouts were worth; which rows it should remember, once scored.
 
@@ -369,7 +375,7 @@ class LuffyTrainer(GRPOTrainer):
         own = torch.tensor([row[ROW_COLUMN] for row in rows], device=rewards.device)  # (B,)
         rollouts = ~is_demonstration.view(-1, self.num_generations)  # (groups, G)
         solved = (rewards >= SOLVED_REWARD).view_as(rollouts) & rollouts
-        self._learning_source.record(
+        source.record(
             self.accelerator.gather(own)[:: self.num_generations].tolist(),
             solved.sum(1).tolist(),
             rollouts.sum(1).tolist(),
@@ -395,7 +401,7 @@ class LuffyTrainer(GRPOTrainer):
         return cut
 
     def _gate_is_open(self, rewards: torch.Tensor, is_demonstration: torch.Tensor) -> torch.Tensor:
-        """Whether demonstrations count, for each row of this process `(B,)`; arguments are (rows of all processes,)."""
+        """Whether demonstrations count, for each row of this process `(B,)`; arguments: (rows of all processes,)."""
         rollouts = ~is_demonstration.view(-1, self.num_generations)  # (groups, G)
         solved = (rewards >= SOLVED_REWARD).view_as(rollouts) & rollouts
         success = solved.sum(1) / rollouts.sum(1)  # (groups,)
@@ -621,16 +627,18 @@ class LuffyTrainer(GRPOTrainer):
             self._add_means({"off_policy/loss": (off_policy_loss.detach(), 1)})
         self._log_tokens(logps.detach(), entropies.detach(), inputs)
         if self._learning_source is not None:
-            self._remember(logps.detach(), entropies.detach(), inputs)
+            self._remember(self._learning_source, logps.detach(), entropies.detach(), inputs)
         return loss
 
-    def _remember(self, logps: torch.Tensor, entropies: torch.Tensor, inputs: dict[str, Any]) -> None:
+    def _remember(
+        self, source: DemonstrationSource, logps: torch.Tensor, entropies: torch.Tensor, inputs: dict[str, Any]
+    ) -> None:
         """Hand the solved rollouts of a micro-batch to the source, the first time that they are seen."""
         # TRL leaves the sampling policy's log-probs out where the policy has not moved since: then they are `logps`
         sampled = inputs.get("old_per_token_logps", logps)
         for i in (inputs["remembered_row"] >= 0).nonzero().flatten().tolist():
             mask = inputs["completion_mask"][i].bool()  # (T,)
-            self._learning_source.remember(
+            source.remember(
                 int(inputs["remembered_row"][i]),
                 inputs["completion_ids"][i][mask].cpu().numpy(),
                 sampled[i][mask].float().cpu().numpy(),
