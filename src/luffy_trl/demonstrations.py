@@ -27,7 +27,8 @@ LOGPS_COLUMN = "demonstration_logps"  # list[bytes], float32; there only where t
 USABLE_COLUMN = "demonstrations_usable"  # int, how many there are
 DROPPED_COLUMN = "demonstrations_dropped"  # int, demonstrations of this row that were too long
 TRUNCATED_COLUMN = "demonstrations_truncated"  # int, demonstrations of this row that were cut
-ENCODED_COLUMNS = (IDS_COLUMN, LOGPS_COLUMN, USABLE_COLUMN, DROPPED_COLUMN, TRUNCATED_COLUMN)
+ROW_COLUMN = "demonstrations_row"  # int, the row's place in the dataset; there only where a source asks for it
+ENCODED_COLUMNS = (IDS_COLUMN, LOGPS_COLUMN, USABLE_COLUMN, DROPPED_COLUMN, TRUNCATED_COLUMN, ROW_COLUMN)
 
 OVERFLOWS = ("drop", "truncate", "error")
 
@@ -75,10 +76,14 @@ def place_demonstrations(rows: list[dict[str, Any]], group_size: int, per_group:
     Returns:
         One entry a row: its demonstration, or None where the policy samples.
     """
+    return fill_groups([demonstrations_of(row) for row in rows[::group_size]], group_size, per_group)
+
+
+def fill_groups(available: list[list[Demonstration]], group_size: int, per_group: int) -> list[Demonstration | None]:
+    """As `place_demonstrations`, from what there is for each group."""
     placed: list[Demonstration | None] = []
-    for start in range(0, len(rows), group_size):
-        available = demonstrations_of(rows[start])
-        chosen = random.sample(available, per_group) if len(available) > per_group else available
+    for demonstrations in available:
+        chosen = random.sample(demonstrations, per_group) if len(demonstrations) > per_group else demonstrations
         placed += [None] * (group_size - len(chosen))
         placed += chosen
     return placed
@@ -135,21 +140,16 @@ class DemonstrationEncoder:
             ids_list, logps_list, dropped, truncated = [], [], 0, 0
             for where, _ in texts[i]:
                 ids = self._end(next(flat_ids), where)
-                logps = self._logps(batch["completion_logps"][i], len(ids), row) if has_logps else []
-                if len(ids) > self.max_length:
-                    if self.overflow == "error":
-                        raise ValueError(
-                            f"{where} has {len(ids)} tokens, EOS included, more than max_completion_length="
-                            f"{self.max_length}. Raise max_completion_length, shorten it, or set "
-                            "demonstration_overflow to 'drop' or 'truncate'."
-                        )
-                    if self.overflow == "drop":
-                        dropped += 1
-                        continue
-                    truncated += 1
-                    ids, logps = ids[: self.max_length], logps[: self.max_length]
-                ids_list.append(array("i", ids).tobytes())
-                logps_list.append(array("f", logps).tobytes())
+                logps = batch["completion_logps"][i] if has_logps else None
+                if logps is not None:
+                    _check_logps(logps, len(ids), f"Row {row}: `completion_logps`")
+                fitting = self.fitting(Demonstration(ids, logps), where)
+                if fitting is None:
+                    dropped += 1
+                    continue
+                truncated += len(fitting.token_ids) < len(ids)
+                ids_list.append(array("i", fitting.token_ids).tobytes())
+                logps_list.append(array("f", fitting.logps or []).tobytes())
             columns[IDS_COLUMN].append(ids_list)
             columns[USABLE_COLUMN].append(len(ids_list))
             columns[DROPPED_COLUMN].append(dropped)
@@ -157,6 +157,41 @@ class DemonstrationEncoder:
             if has_logps:
                 columns[LOGPS_COLUMN].append(logps_list)
         return columns
+
+    def encode(self, value: Any, prompt: str | list[dict[str, Any]], where: str) -> Demonstration:
+        """One demonstration, however long: a completion in one of TRL's forms, or token ids with their log-probs.
+
+        Raises:
+            ValueError: starting with `where`, as for a dataset's row.
+        """
+        if isinstance(value, Demonstration):
+            if not value.token_ids:
+                raise ValueError(f"{where} has no tokens.")
+            ids, logps = self._end(list(value.token_ids), where), value.logps
+            if logps is not None:
+                _check_logps(logps, len(ids), f"`logps` of {where}")
+            return Demonstration(ids, logps)
+        text = demonstration_text(value, where)
+        if "<think>" in text:
+            text = without_repeated_opening(
+                rendered_prompt(self.processing_class, prompt, self.chat_template_kwargs), text
+            )
+        return Demonstration(self._end(self.tokenizer(text, add_special_tokens=False)["input_ids"], where))
+
+    def fitting(self, demonstration: Demonstration, where: str) -> Demonstration | None:
+        """The demonstration, if it fits; if it does not, what `overflow` makes of it, None where it is dropped."""
+        length = len(demonstration.token_ids)
+        if length <= self.max_length:
+            return demonstration
+        if self.overflow == "error":
+            raise ValueError(
+                f"{where} has {length} tokens, EOS included, more than max_completion_length={self.max_length}. Raise "
+                "max_completion_length, shorten it, or set demonstration_overflow to 'drop' or 'truncate'."
+            )
+        if self.overflow == "drop":
+            return None
+        logps = demonstration.logps and demonstration.logps[: self.max_length]
+        return Demonstration(demonstration.token_ids[: self.max_length], logps)
 
     def _texts(self, batch: dict[str, list], i: int, row: int) -> list[tuple[str, str]]:
         """(name for messages, text as the policy would write it) of each demonstration in the i-th row."""
@@ -192,23 +227,20 @@ class DemonstrationEncoder:
             )
         return ids
 
-    def _logps(self, logps: list[float] | None, number_of_tokens: int, row: int) -> list[float]:
-        if logps is None:
-            return []
-        where = f"Row {row}: `completion_logps`"
-        if len(logps) != number_of_tokens:
+
+def _check_logps(logps: list[float], number_of_tokens: int, where: str) -> None:
+    if len(logps) != number_of_tokens:
+        raise ValueError(
+            f"{where} has {len(logps)} values, but `completion` has {number_of_tokens} tokens under this "
+            "tokenizer, EOS included and without a '<think>\\n' that the prompt already ends with. There must be "
+            "one log-prob a token."
+        )
+    for j, logp in enumerate(logps):
+        if logp is None or not math.isfinite(logp) or logp > 0:
             raise ValueError(
-                f"{where} has {len(logps)} values, but `completion` has {number_of_tokens} tokens under this "
-                "tokenizer, EOS included and without a '<think>\\n' that the prompt already ends with. There must be "
-                "one log-prob a token."
+                f"{where}[{j}] is {logp}. A log-probability is a finite number not above 0: pass natural logs of "
+                "probabilities."
             )
-        for j, logp in enumerate(logps):
-            if logp is None or not math.isfinite(logp) or logp > 0:
-                raise ValueError(
-                    f"{where}[{j}] is {logp}. A log-probability is a finite number not above 0: pass natural logs of "
-                    "probabilities."
-                )
-        return logps
 
 
 def _check_prompt(prompt: Any, row: int) -> None:

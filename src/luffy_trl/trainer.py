@@ -31,16 +31,25 @@ from .demonstrations import (
     ENCODED_COLUMNS,
     IDS_COLUMN,
     LOGPS_COLUMN,
+    ROW_COLUMN,
     SOURCE_COLUMNS,
     TRUNCATED_COLUMN,
     USABLE_COLUMN,
     Demonstration,
     DemonstrationEncoder,
-    place_demonstrations,
 )
 from .hub_trainer import HubTrainer
 from .objective import off_policy_loss, token_denominator
+from .replay import ReplayBuffer
 from .schedules import demonstration_weight, prefix_ratio
+from .sources import (
+    DatasetSource,
+    DemonstrationSource,
+    FunctionSource,
+    Placement,
+    ReplaySource,
+    get_source_function,
+)
 
 
 if TYPE_CHECKING:
@@ -143,16 +152,12 @@ class LuffyTrainer(HubTrainer):
             bound_waiting(self.vllm_generation.vllm_client.session, args.ddp_timeout)
         self._saving_checkpoint = False
         self._has_behavior_logps = False
+        self._source: DemonstrationSource | None = None
         if self.num_demonstrations > 0:
             _check_eos(self._tokenizer)
-            self._has_behavior_logps = "completion_logps" in _column_names(self.train_dataset)
-            source = self.train_dataset
-            self.train_dataset = self._encode_demonstrations(source)  # checks the rows
-            looked_at = source.take(LOOKED_AT)
-            for message in disagreements(
-                self.processing_class, self.eos_token_ids, looked_at, self.chat_template_kwargs
-            ):
-                logger.warning(message)
+            self._source = self._make_source()
+        self._learning_source = self._source if self._source is not None and self._source.uses_rollouts else None
+        self._process = self.accelerator.process_index, self.accelerator.num_processes
         # Demonstration of each row of the training batch being generated, None where the policy samples
         self._placed: list[Demonstration | None] = []
         self._packs = self._packing_is_on()
@@ -168,6 +173,8 @@ class LuffyTrainer(HubTrainer):
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
             self.accelerator.print(f"Resuming from {checkpoint}")
+            if self._learning_source is not None:
+                self._learning_source.load(Path(checkpoint), *self._process)
         elif resume_from_checkpoint in NEWEST:
             self.accelerator.print(f"{self.args.output_dir} has no complete checkpoint: starting anew")
         return super().train(checkpoint, *args, **kwargs)
@@ -181,6 +188,8 @@ class LuffyTrainer(HubTrainer):
         self._saving_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
+            if self._learning_source is not None and not self.args.save_only_model:
+                self._learning_source.save(unfinished, *self._process)
         except Exception as error:
             error.add_note(f"Raised while {name} was saved. Earlier checkpoints are as they were.")
             shutil.rmtree(unfinished.parent, ignore_errors=True)
@@ -217,16 +226,44 @@ class LuffyTrainer(HubTrainer):
 
     # Data
 
-    def _encode_demonstrations(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """Replace the columns of the data contract with token ids, and say what was too long."""
+    def _make_source(self) -> DemonstrationSource:
+        """Where demonstrations come from. Gives the training dataset the columns that the source needs."""
+        name, dataset = self.args.demonstration_source, self.train_dataset
         columns = _column_names(dataset)
-        encoder = DemonstrationEncoder(
+        if name == "dataset":
+            self._has_behavior_logps = "completion_logps" in columns
+            self.train_dataset = self._encode_demonstrations(dataset)  # checks the rows
+            looked_at = dataset.take(LOOKED_AT)
+            for message in disagreements(
+                self.processing_class, self.eos_token_ids, looked_at, self.chat_template_kwargs
+            ):
+                logger.warning(message)
+            return DatasetSource()
+
+        self._has_behavior_logps = True
+        if name != "replay":
+            return FunctionSource(get_source_function(name), name, self._encoder())
+        unused = [column for column in SOURCE_COLUMNS if column in columns]
+        if unused:
+            logger.warning(f"demonstration_source='replay' does not use the column {unused[0]!r} of `train_dataset`.")
+        self.train_dataset = dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
+        capacity = math.ceil(self.args.replay_capacity / self.accelerator.num_processes)
+        buffer = ReplayBuffer(capacity, self.args.replay_start, self.num_generations)
+        return ReplaySource(self.train_dataset, buffer, self.args.replay_ratio)
+
+    def _encoder(self) -> DemonstrationEncoder:
+        return DemonstrationEncoder(
             self.processing_class,
             self.eos_token_ids,
             self.max_completion_length,
             self.args.demonstration_overflow,
             self.chat_template_kwargs,
         )
+
+    def _encode_demonstrations(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """Replace the columns of the data contract with token ids, and say what was too long."""
+        columns = _column_names(dataset)
+        encoder = self._encoder()
         used = [column for column in SOURCE_COLUMNS if column in columns]
         if isinstance(dataset, IterableDataset):
             return dataset.map(
@@ -277,15 +314,17 @@ class LuffyTrainer(HubTrainer):
     # Generation
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = _without_demonstrations(inputs) if self.num_demonstrations > 0 else inputs
         if not self.model.training:
             self._placed = []  # an interrupted training step may have left some
+            rows = _without_demonstrations(inputs) if self.num_demonstrations > 0 else inputs
             return super()._generate_and_score_completions(rows)
 
-        if self.num_demonstrations > 0:
-            self._placed = self._cut(place_demonstrations(inputs, self.num_generations, self.num_demonstrations))
-        else:
-            self._placed = [None] * len(inputs)
+        placement = Placement(inputs, [None] * len(inputs))
+        rows = inputs
+        if self._source is not None:
+            placement = self._source.place(inputs, self.num_generations, self.num_demonstrations)
+            rows = _without_demonstrations(placement.rows)
+        self._placed = self._cut(placement.demonstrations)
         output = super()._generate_and_score_completions(rows)
 
         # Of a row with a prefix the rest is the policy's, but it is no rollout of the prompt alone
@@ -307,10 +346,43 @@ class LuffyTrainer(HubTrainer):
             output["off_policy_mask"] = mask & (torch.arange(mask.size(1), device=mask.device) < given.unsqueeze(1))
             if self._has_behavior_logps:
                 output["behavior_logps"] = self._behavior_logps(mask)
-        self._log_rollouts(is_demonstration, inputs)
+        if self._learning_source is not None:
+            output["remembered_row"] = self._record(
+                self._learning_source, placement.rows, rewards, all_is_demonstration
+            )
+            for name, value in self._learning_source.metrics().items():
+                mean = self.accelerator.reduce(torch.tensor(value, device=rewards.device), "mean").item()
+                self._metrics["train"][name].append(mean)
+        self._log_rollouts(is_demonstration, placement)
         self._log_groups(rewards, all_is_demonstration)
         self._placed = []
         return output
+
+    def _record(
+        self,
+        source: DemonstrationSource,
+        rows: list[dict[str, Any]],
+        rewards: torch.Tensor,
+        is_demonstration: torch.Tensor,
+    ) -> torch.Tensor:
+        """Tell the source what the prompts' rollouts were worth; which rows it should remember, once scored.
+
+        Args:
+            rows: of this process.
+            rewards, is_demonstration: (rows of all processes,).
+
+        Returns:
+            `(B,)`: the row in the dataset of a solved rollout, -1 elsewhere.
+        """
+        own = torch.tensor([row[ROW_COLUMN] for row in rows], device=rewards.device)  # (B,)
+        rollouts = ~is_demonstration.view(-1, self.num_generations)  # (groups, G)
+        solved = (rewards >= SOLVED_REWARD).view_as(rollouts) & rollouts
+        source.record(
+            self.accelerator.gather(own)[:: self.num_generations].tolist(),
+            solved.sum(1).tolist(),
+            rollouts.sum(1).tolist(),
+        )
+        return own.masked_fill(~self._own(solved.flatten()), -1)
 
     def _progress(self) -> float:
         """The share of the run's optimizer steps that are done."""
@@ -556,7 +628,25 @@ class LuffyTrainer(HubTrainer):
             loss = loss + off_policy_loss / self.current_gradient_accumulation_steps
             self._add_means({"off_policy/loss": (off_policy_loss.detach(), 1)})
         self._log_tokens(logps.detach(), entropies.detach(), inputs)
+        if self._learning_source is not None:
+            self._remember(self._learning_source, logps.detach(), entropies.detach(), inputs)
         return loss
+
+    def _remember(
+        self, source: DemonstrationSource, logps: torch.Tensor, entropies: torch.Tensor, inputs: dict[str, Any]
+    ) -> None:
+        """Hand the solved rollouts of a micro-batch to the source, the first time that they are seen."""
+        # TRL leaves the sampling policy's log-probs out where the policy has not moved since: then they are `logps`
+        sampled = inputs.get("old_per_token_logps", logps)
+        for i in (inputs["remembered_row"] >= 0).nonzero().flatten().tolist():
+            mask = inputs["completion_mask"][i].bool()  # (T,)
+            source.remember(
+                int(inputs["remembered_row"][i]),
+                inputs["completion_ids"][i][mask].cpu().numpy(),
+                sampled[i][mask].float().cpu().numpy(),
+                entropies[i][mask].float().mean().item(),
+            )
+        inputs["remembered_row"].fill_(-1)  # in the buffered batch itself: with num_iterations it comes again
 
     def _rollouts_alone(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The micro-batch as TRL's loss should see it: demonstrations are context, nothing of them is trained.
@@ -605,7 +695,7 @@ class LuffyTrainer(HubTrainer):
 
     # Metrics
 
-    def _log_rollouts(self, is_demonstration: torch.Tensor, inputs: list[dict[str, Any]]) -> None:
+    def _log_rollouts(self, is_demonstration: torch.Tensor, placement: Placement) -> None:
         """Lengths, truncation and overflow of a generation batch; `is_demonstration` is (B,)."""
         device = is_demonstration.device
         on_policy, off_policy = (~is_demonstration).float(), is_demonstration.float()
@@ -621,13 +711,12 @@ class LuffyTrainer(HubTrainer):
         )
         if self.num_demonstrations > 0:
             # Demonstrations of this batch's prompts that were too long
-            prompts = inputs[:: self.num_generations]
-            overflow = [sum(row[column] for row in prompts) for column in (DROPPED_COLUMN, TRUNCATED_COLUMN)]
+            overflow = [placement.dropped, placement.truncated]
             dropped, truncated = self.accelerator.reduce(torch.tensor(overflow, device=device), "sum").tolist()
             self._metrics["train"]["off_policy/dropped"].append(dropped)
             self._metrics["train"]["off_policy/truncated"].append(truncated)
-            if dropped and not is_demonstration.any() and isinstance(self.train_dataset, IterableDataset):
-                # A stream cannot be counted beforehand
+            counted_before = isinstance(self._source, DatasetSource) and isinstance(self.train_dataset, Dataset)
+            if dropped and not is_demonstration.any() and not counted_before:
                 logger.warning_once(
                     f"All demonstrations of a generation were dropped for having more than max_completion_length="
                     f"{self.max_completion_length} tokens."
@@ -746,8 +835,16 @@ def _check_options(arguments: dict[str, Any], args: LuffyConfig) -> None:
                 f"`{option}` cannot be combined with demonstrations: what a tool or an environment would have "
                 f"answered to them is not known. Set num_demonstrations=0, or leave `{option}` out."
             )
+    if args.demonstration_source == "replay" and isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            "demonstration_source='replay' needs a dataset whose rows can be read again, and `train_dataset` is a "
+            "stream. Load it without dataset_streaming (streaming=False)."
+        )
     if isinstance(train_dataset, Dataset | IterableDataset):
-        _check_demonstration_columns(_column_names(train_dataset))
+        columns = _column_names(train_dataset)
+        if args.demonstration_source == "dataset":
+            _check_demonstration_columns(columns)
+        _check_columns_beside_demonstrations(columns)
 
 
 def _check_columns(name: str, columns: list[str], environment_makes_prompts: bool) -> None:
@@ -777,6 +874,9 @@ def _check_demonstration_columns(columns: list[str]) -> None:
             "`train_dataset` has `completion_logps`, which go with `completion`, but its demonstrations are in "
             "`demonstrations`. Use `completion`, or remove the log-probs."
         )
+
+
+def _check_columns_beside_demonstrations(columns: list[str]) -> None:
     if "image" in columns or "images" in columns:
         raise ValueError(
             "`train_dataset` has images, which are not supported together with demonstrations. Remove the column, or "
