@@ -188,6 +188,8 @@ def test_gradients_with_replayed_rows_equal_plain_torch(make_trainer, prompts):
     # a generation of rollouts alone fills the buffer with what the policy thought of them
     inputs = trainer._prepare_inputs(batch)
     remembered = inputs["remembered_row"].clone()
+    texts = trainer.processing_class.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
+    assert (remembered >= 0).tolist() == [reward >= 1 for reward in often_solved(texts)]
     trainer.compute_loss(model, inputs)
     buffer = trainer._source.buffer
     assert len(buffer) == sum(int(row) not in buffer.retired for row in remembered if row >= 0) > 0
@@ -213,6 +215,7 @@ def test_gradients_with_replayed_rows_equal_plain_torch(make_trainer, prompts):
     group = [trainer.train_dataset[other]] * GROUP
     trainer.args.steps_per_generation, trainer.args.per_device_train_batch_size = 1, GROUP
     inputs = trainer._prepare_inputs(group)
+    assert (inputs["remembered_row"][inputs["off_policy_mask"].any(1)] == -1).all()
     trainer.compute_loss(model, inputs).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
 
