@@ -173,9 +173,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path, tiny_model_dir, text, cau
         ROOT / "train.py", "--model_name_or_path", tiny_model_dir, "--dataset_name", "data.jsonl",
         "--reward_funcs", "letter_walk_reward", "--output_dir", "out", *CPU, cwd=tmp_path,
     )  # fmt: skip
-    assert run_.returncode == 1
+    assert run_.returncode == 2
     last = run_.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: --dataset_name data.jsonl cannot be read")
+    assert last.startswith("train.py: error: --dataset_name data.jsonl cannot be read")
     assert cause in last
 
 
@@ -206,8 +206,8 @@ def test_bad_data_is_named_before_any_step(tmp_path, tiny_model_dir):
         ROOT / "train.py", "--model_name_or_path", tiny_model_dir, "--dataset_name", "data.jsonl",
         "--reward_funcs", "letter_walk_reward", "--output_dir", "out", *CPU, cwd=tmp_path,
     )  # fmt: skip
-    assert run_.returncode == 1
-    assert "ValueError: Row 1: `completion` is empty" in run_.stderr.strip().splitlines()[-1]
+    assert run_.returncode == 2
+    assert "train.py: error: Row 1: `completion` is empty" in run_.stderr.strip().splitlines()[-1]
 
 
 # Real text
