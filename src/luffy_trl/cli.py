@@ -1,10 +1,12 @@
 """The command `luffy-trl`. Heavy imports wait until a command needs them."""
 
 import argparse
+import atexit
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 
 # name: (module, function of (argv, prog) there, what it does)
@@ -85,6 +87,20 @@ def _start(
         print("\nInterrupted before the training began.", file=sys.stderr)
         sys.exit(INTERRUPTED_STATUS)
     trainer.accelerator.end_training()
+    if trainer.accelerator.num_processes > 1:
+        _leave()
+
+
+def _leave() -> NoReturn:
+    """End this process of several once all is done, without taking the interpreter apart.
+
+    Threads of gloo now and then abort an interpreter that shuts down. The launcher would take that for a failed run,
+    and kill the main process, which may be in the middle of its last upload.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _parse(argv: list[str], prog: str, summary: str, config_class: type, check: Callable) -> tuple[Any, Any, Any, str]:
