@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare-model": ("luffy_trl.prepare_model", "main", "extend a model's window, and give it a chat template"),
     "prepare-data": ("luffy_trl.data.prepare", "main", "filter a dataset, and write it as the trainer reads it"),
     "eval": ("luffy_trl.evaluation.command", "main", "evaluate a model on the paper's benchmarks, with lm-eval"),
+    "report": ("luffy_trl.reporting.command", "main", "write one page of curves and completions from runs' output"),
     "demo": ("luffy_trl.cli", "demo", "compare GRPO, LUFFY and SFT on the embedded task, on a CPU"),
 }
 
