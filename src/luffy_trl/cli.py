@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
+from .quiet import quiet_libraries, quiet_progress_bars
+
 
 # name: (module, function of (argv, prog) there, what it does)
 COMMANDS = {
@@ -25,6 +27,7 @@ INTERRUPTED_STATUS = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    quiet_libraries()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="luffy-trl", description="LUFFY: reinforcement learning with demonstrations in the group, on TRL."
@@ -54,6 +57,7 @@ def demo(argv: Sequence[str], prog: str) -> None:
 
 
 def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
+    quiet_libraries()
     from .config import LuffyConfig
     from .training import check_arguments, run
 
@@ -73,6 +77,7 @@ def _start(
     from .stopping import RunStopped, exit_stopped
     from .training import UsageError
 
+    quiet_progress_bars()
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     try:

@@ -117,7 +117,9 @@ def _spread(files: list[Path], rows: int, most: int) -> list[Path]:
 def _read_step(path: Path, most: int) -> KeptStep:
     with pq.ParquetFile(path) as file:
         total = file.metadata.num_rows
-        rows = next((batch.to_pylist() for batch in file.iter_batches(batch_size=max(most, 1))), [])[: max(most, 0)]
+        rows: list[dict[str, Any]] = next(
+            (batch.to_pylist() for batch in file.iter_batches(batch_size=max(most, 1))), []
+        )[: max(most, 0)]
     groups = []
     # the rows of a group follow one another
     for _, members in groupby(rows, key=lambda row: repr(row["prompt"])):

@@ -12,7 +12,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from .completions import Completion, KeptStep, prompt_text, shortened
-from .panels import Panel, Series, bounds
+from .panels import Panel, Series, bounds, ticks
 from .runs import Run
 
 
@@ -46,9 +46,7 @@ def write_page(
         table=_table(runs),
         panels=[_panel(panel, series, runs) for panel, series in panels],
         completions=[
-            {"run": i, "step": step.step, "data": _json(_step(step))}
-            for i, steps in enumerate(kept)
-            for step in steps
+            {"run": i, "step": step.step, "data": _json(_step(step))} for i, steps in enumerate(kept) for step in steps
         ],
         token_note=token_note,
         style=Markup((folder / "report.css").read_text(encoding="utf-8")),
@@ -84,6 +82,8 @@ def _table(runs: Sequence[Run]) -> dict[str, Any]:
 
 def _panel(panel: Panel, series: Sequence[Series], runs: Sequence[Run]) -> dict[str, Any]:
     x0, x1, y0, y1 = bounds(series)
+    values = ticks(y0, y1)
+    y0, y1 = values[0], values[-1]
 
     def x(step: float) -> float:
         return round(LEFT + (step - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT), 1)
@@ -102,6 +102,8 @@ def _panel(panel: Panel, series: Sequence[Series], runs: Sequence[Run]) -> dict[
                 "dot": points[0] if len(points) == 1 else None,
                 "color": stroke,
                 "dashes": dashes,
+                # thinner and later ones on top, so that lines which coincide all show
+                "width": max(2, 5 - 3 * one.run) if len(runs) > 1 else 2,
                 "name": name,
                 "last": number(one.points[-1][1]),
             }
@@ -119,8 +121,8 @@ def _panel(panel: Panel, series: Sequence[Series], runs: Sequence[Run]) -> dict[
         "lines": lines,
         "data": _json(data),
         "thinned": any(one.logged > len(one.points) for one in series),
-        "y_ticks": [(y(value), number(value)) for value in (y0 + (y1 - y0) * i / 4 for i in range(5))],
-        "x_ticks": [(x(step), number(step)) for step in (x0 + (x1 - x0) * i / 2 for i in range(3))],
+        "y_ticks": [(y(value), number(value)) for value in values],
+        "x_ticks": [(x(step), f"{step:,.0f}") for step in (x0, round((x0 + x1) / 2), x1)],
     }
 
 

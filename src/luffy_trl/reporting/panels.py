@@ -1,5 +1,6 @@
 """Which metrics are shown together, and their curves thinned to what a screen can show."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ PANELS = (
         "time",
         "Time of an optimizer step",
         "seconds",
-        (("step_time", "whole"), ("time/generation", "generation"), ("time/rewards", "rewards")),
+        (("step_time", "whole"), ("time/generation", "generating"), ("time/rewards", "rewarding")),
     ),
 )
 
@@ -113,7 +114,15 @@ def bounds(series: Sequence[Series]) -> tuple[float, float, float, float]:
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
     if x0 == x1:
         x0, x1 = x0 - 1, x1 + 1
-    if y1 - y0 <= 1e-9 * max(abs(y0), abs(y1), 1e-6):
-        margin = abs(y0) * 0.1 or 1.0
-        y0, y1 = y0 - margin, y1 + margin
+    if y1 - y0 <= 1e-9 * max(abs(y0), abs(y1)):
+        y0, y1 = (y0 - 0.1 * abs(y0), y1 + 0.1 * abs(y1)) if y0 else (0.0, 1.0)
     return x0, x1, y0, y1
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round values, three to seven, from at or below `low` to at or above `high`."""
+    rough = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    size = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
+    return [size * i for i in range(first, last + 1)]

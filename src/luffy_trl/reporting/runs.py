@@ -13,8 +13,9 @@ from . import ReportError
 
 STATE = "trainer_state.json"  # transformers' TRAINER_STATE_NAME
 COMPLETIONS = "completions"  # where TRL keeps them, in output_dir
-# As TRL's model cards give them
-VERSION_LINE = re.compile(r"^- (TRL|Transformers|Pytorch): ([\w.+-]{1,40})$", re.MULTILINE)
+# As model cards give them, ours and TRL's, from a line or heading that ends with "versions" or begins with it
+VERSIONS = re.compile(r"^(?:#+ .*versions$|Versions:)", re.MULTILINE | re.IGNORECASE)
+VERSION = re.compile(r"\b(TRL|Transformers|PyTorch|Pytorch):? (\d[\w.+-]{0,40}\w)")
 
 
 @dataclass
@@ -69,15 +70,16 @@ def read_run(directory: Path, name: str) -> Run:
     elif not any((directory / COMPLETIONS).glob("*.parquet")):
         notes = "".join(f" {note}" for note in run.notes)
         raise ReportError(
-            f"{directory} has neither a {STATE} nor a whole checkpoint nor completions.{notes} Is it the output_dir of "
-            "a run? While one is going, its curves are those of its newest checkpoint (save_steps)."
+            f"{directory} has neither a {STATE} nor a whole checkpoint nor completions.{notes} Is it the output_dir "
+            "of a run? While one is going, its curves are those of its newest checkpoint (save_steps)."
         )
     else:
         run.notes.append("no checkpoint so far, hence no curves")
     card = directory / "README.md"
     if card.is_file():
         with card.open(encoding="utf-8", errors="replace") as file:
-            run.versions = dict(VERSION_LINE.findall(file.read(1_000_000)))
+            _, *below = VERSIONS.split(file.read(1_000_000), maxsplit=1)
+        run.versions = dict(VERSION.findall("".join(below)))
     return run
 
 
