@@ -41,8 +41,8 @@ from .demonstrations import (
 )
 from .hub_trainer import HubTrainer
 from .objective import off_policy_loss, token_denominator
-from .replay import ReplayBuffer
 from .phases import timed
+from .replay import ReplayBuffer
 from .schedules import demonstration_weight, prefix_ratio
 from .sources import (
     DatasetSource,

@@ -15,7 +15,7 @@ STATE = "trainer_state.json"  # transformers' TRAINER_STATE_NAME
 COMPLETIONS = "completions"  # where TRL keeps them, in output_dir
 # As model cards give them, ours and TRL's, from a line or heading that ends with "versions" or begins with it
 VERSIONS = re.compile(r"^(?:#+ .*versions$|Versions:)", re.MULTILINE | re.IGNORECASE)
-VERSION = re.compile(r"\b(TRL|Transformers|PyTorch|Pytorch):? (\d[\w.+-]{0,40}\w)")
+VERSION = re.compile(r"\b(luffy_trl|trl|transformers|torch|pytorch):? (\d[\w.+-]{0,40}\w)", re.IGNORECASE)
 
 
 @dataclass

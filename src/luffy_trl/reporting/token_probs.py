@@ -4,6 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..demonstrations import rendered_prompt
+from ..quiet import quiet_progress_bars
 from . import ReportError
 from .completions import Completion, KeptStep
 
@@ -18,6 +19,7 @@ def color_tokens(kept: list[list[KeptStep]], model_dir: str) -> str:
     Raises:
         ReportError: if the model or its tokenizer cannot be loaded.
     """
+    quiet_progress_bars()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
