@@ -15,7 +15,9 @@ from luffy_trl.reporting.panels import bounds, filled_panels, thinned, ticks
 from luffy_trl.reporting.runs import read_run
 
 
-HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)> & \u2028"
+HOSTILE = (
+    "<!--<script></script x></script><script>document.title='taken'</script><img src=x onerror=alert(1)> & \u2028"
+)
 
 
 class Page(HTMLParser):
@@ -128,6 +130,7 @@ def test_text_of_a_completion_never_becomes_markup(run, tmp_path):
     page = report(tmp_path, run)
     assert [tag for tag, _ in page.elements].count("img") == 0
     assert len([a for tag, a in page.elements if tag == "script" and "type" not in a]) == 1
+    assert not any("<" in text for _, text in page.data)
     [(_, groups)] = page.steps
     assert groups[0]["prompt"] == HOSTILE
     assert [row["text"] for row in groups[0]["rows"]] == [HOSTILE, HOSTILE]
