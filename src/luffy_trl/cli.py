@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
+from .quiet import quiet_libraries, quiet_progress_bars
+
 
 # name: (module, function of (argv, prog) there, what it does)
 COMMANDS = {
@@ -17,6 +19,7 @@ COMMANDS = {
     "prepare-model": ("luffy_trl.prepare_model", "main", "extend a model's window, and give it a chat template"),
     "prepare-data": ("luffy_trl.data.prepare", "main", "filter a dataset, and write it as the trainer reads it"),
     "eval": ("luffy_trl.evaluation.command", "main", "evaluate a model on the paper's benchmarks, with lm-eval"),
+    "report": ("luffy_trl.reporting.command", "main", "write one page of curves and completions from runs' output"),
     "demo": ("luffy_trl.cli", "demo", "compare GRPO, LUFFY and SFT on the embedded task, on a CPU"),
 }
 
@@ -26,6 +29,7 @@ INTERRUPTED_STATUS = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    quiet_libraries()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="luffy-trl", description="LUFFY: reinforcement learning with demonstrations in the group, on TRL."
@@ -55,6 +59,7 @@ def demo(argv: Sequence[str], prog: str) -> None:
 
 
 def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
+    quiet_libraries()
     from .config import LuffyConfig
     from .training import check_arguments, run
 
@@ -74,6 +79,7 @@ def _start(
     from .stopping import RunStopped, exit_stopped
     from .training import UsageError
 
+    quiet_progress_bars()
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     try:

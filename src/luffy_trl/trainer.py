@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import textwrap
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
@@ -40,6 +41,7 @@ from .demonstrations import (
 )
 from .hub_trainer import HubTrainer
 from .objective import off_policy_loss, token_denominator
+from .phases import timed
 from .replay import ReplayBuffer
 from .schedules import demonstration_weight, prefix_ratio
 from .sources import (
@@ -150,6 +152,7 @@ class LuffyTrainer(HubTrainer):
         ]
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
             bound_waiting(self.vllm_generation.vllm_client.session, args.ddp_timeout)
+        self._phase_seconds: dict[str, float] = defaultdict(float)  # since the last log, on this process
         self._saving_checkpoint = False
         self._has_behavior_logps = False
         self._source: DemonstrationSource | None = None
@@ -418,6 +421,7 @@ class LuffyTrainer(HubTrainer):
         """This process's part of one value a row of all processes."""
         return values.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
 
+    @timed("generation")
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if not self._placed or self.num_demonstrations == 0:
             return super()._generate_single_turn(
@@ -447,6 +451,7 @@ class LuffyTrainer(HubTrainer):
                 logps[i] = (logps[i] + sampled_logps[k])[: self.max_completion_length]
         return completion_ids, logps if sampled_logps is not None else None
 
+    @timed("rewards")
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         if self.num_demonstrations > 0:  # a column of the completions table; evaluation has none
             placed = self._placed or [None] * len(prompts)
@@ -778,6 +783,10 @@ class LuffyTrainer(HubTrainer):
                     self._metrics["train"][name] = [total / count]
             self._sums.clear()
             metrics = self._metrics["train"]
+            steps = len(metrics.get("step_time", []))  # TRL adds one for each optimizer step
+            if steps > 0:
+                metrics |= {f"time/{phase}": [seconds / steps] for phase, seconds in self._phase_seconds.items()}
+                self._phase_seconds.clear()
             for name in [name for name, values in metrics.items() if all(math.isnan(value) for value in values)]:
                 del metrics[name]  # TRL would log None: a step without rollouts of its kind
         super().log(logs, start_time)

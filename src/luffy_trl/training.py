@@ -22,6 +22,7 @@ from .recipe import as_yaml, given_fields
 from .redact import known_secrets
 from .rewards import choice_reward, format_reward, math_reward
 from .stopping import RunStopped, StopAtStep
+from .summary import StartSummary, finish
 from .tasks.letter_walk import letter_walk_reward, split_walks, to_dataset
 from .tasks.letter_walk_base import load_or_pretrain
 from .trainer import LuffyTrainer
@@ -148,6 +149,7 @@ def run(
             peft_config=get_peft_config(model_args),
         )
     trainer.card_facts = facts
+    trainer.add_callback(StartSummary(trainer, dataset_name))
     with StopAtStep() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -169,7 +171,7 @@ def run(
         trainer.save_model(training_args.output_dir)
         trainer.create_model_card(**card)
         trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
-    trainer.accelerator.print(f"Saved the model, its tokenizer and its card to {training_args.output_dir}")
+    finish(trainer)
     if commit is not None:
         trainer.accelerator.print(f"Pushed them to {commit.repo_url}")
     return trainer

@@ -1,0 +1,128 @@
+"""Which metrics are shown together, and their curves thinned to what a screen can show."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .runs import Run
+
+
+# Points of a curve: a panel is some 400 pixels wide
+MOST_POINTS = 400
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Metrics that are drawn together: `metrics` holds (name in the log, what the legend calls it)."""
+
+    key: str
+    title: str
+    unit: str
+    metrics: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a panel; `run` and `metric` count within the report's runs and the panel's metrics."""
+
+    run: int
+    metric: int
+    label: str
+    points: Points
+    logged: int  # points before thinning
+
+
+ROLLOUTS, DEMONSTRATIONS = "rollouts", "demonstrations"
+PANELS = (
+    Panel(
+        "reward",
+        "Reward",
+        "mean of a completion",
+        (("on_policy/reward", ROLLOUTS), ("off_policy/reward", DEMONSTRATIONS)),
+    ),
+    Panel("eval_reward", "Reward in evaluation", "mean of a completion", (("eval_reward", "evaluation"),)),
+    Panel(
+        "entropy",
+        "Entropy of the policy",
+        "nats per token",
+        (("on_policy/entropy", ROLLOUTS), ("off_policy/entropy", DEMONSTRATIONS)),
+    ),
+    Panel(
+        "probability",
+        "Probability of the tokens",
+        "mean under the policy",
+        (("on_policy/prob", ROLLOUTS), ("off_policy/prob", DEMONSTRATIONS)),
+    ),
+    Panel("length", "Length", "tokens", (("on_policy/length", ROLLOUTS), ("off_policy/length", DEMONSTRATIONS))),
+    Panel(
+        "groups",
+        "Groups",
+        "share",
+        (
+            ("groups/solve_none", "no rollout solved"),
+            ("groups/solve_all", "all solved"),
+            ("groups/guided", "with a demonstration"),
+        ),
+    ),
+    Panel(
+        "clip",
+        "Clipped",
+        "share",
+        (("on_policy/clipped_ratio", "rollouts without an end"), ("clip_ratio/region_mean", "tokens' ratios")),
+    ),
+    Panel("loss", "Loss", "", (("loss", "whole"), ("off_policy/loss", "demonstrations' part"))),
+    Panel("fraction", "Demonstrations' share of the tokens", "share", (("off_policy/token_fraction", "tokens"),)),
+    Panel("grad_norm", "Gradient norm", "", (("grad_norm", "before clipping"),)),
+    Panel(
+        "time",
+        "Time of an optimizer step",
+        "seconds",
+        (("step_time", "whole"), ("time/generation", "generating"), ("time/rewards", "rewarding")),
+    ),
+)
+
+
+def filled_panels(runs: Sequence[Run]) -> list[tuple[Panel, list[Series]]]:
+    """The panels that have something to show, with their series. The others are left out."""
+    filled = []
+    for panel in PANELS:
+        series = [
+            Series(r, m, label, thinned(curve), len(curve))
+            for r, run in enumerate(runs)
+            for m, (metric, label) in enumerate(panel.metrics)
+            if (curve := run.curve(metric))
+        ]
+        if series:
+            filled.append((panel, series))
+    return filled
+
+
+def thinned(curve: Points, most: int = MOST_POINTS) -> Points:
+    """At most so many points: each the mean of neighbours, in steps and in values. Short curves stay as they are."""
+    size = -(-len(curve) // most)
+    if size <= 1:
+        return curve
+    buckets = [curve[i : i + size] for i in range(0, len(curve), size)]
+    return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in buckets]
+
+
+def bounds(series: Sequence[Series]) -> tuple[float, float, float, float]:
+    """(least step, most steps, least value, largest value), never without extent."""
+    xs, ys = zip(*(point for one in series for point in one.points), strict=True)
+    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
+    if x0 == x1:
+        x0, x1 = x0 - 1, x1 + 1
+    if y1 - y0 <= 1e-9 * max(abs(y0), abs(y1)):
+        y0, y1 = (y0 - 0.1 * abs(y0), y1 + 0.1 * abs(y1)) if y0 else (0.0, 1.0)
+    return x0, x1, y0, y1
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round values, three to seven, from at or below `low` to at or above `high`."""
+    rough = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    size = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
+    return [size * i for i in range(first, last + 1)]

@@ -1,0 +1,35 @@
+"""The page's panels as PNGs, for a paper or a README."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .page import Filled, look
+from .runs import Run
+
+
+LINE_STYLES = {"": "-", "6 4": "--", "2 3": ":"}
+
+
+def write_pictures(directory: Path, runs: Sequence[Run], panels: Filled) -> list[Path]:
+    """One PNG a panel; returns their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    from matplotlib import pyplot as plt
+
+    paths = []
+    for panel, series in panels:
+        figure, ax = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
+        for one in series:
+            color, dashes = look(one, len(runs))
+            name = f"{runs[one.run].name}: {one.label}" if len(runs) > 1 else one.label
+            marker = "o" if len(one.points) == 1 else None
+            label = name.replace("$", r"\$").lstrip("_")  # neither mathematics nor hidden
+            ax.plot(*zip(*one.points, strict=True), label=label, color=color, ls=LINE_STYLES[dashes], marker=marker)
+        ax.set(title=panel.title, xlabel="optimizer step", ylabel=panel.unit)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize="small")
+        paths.append(directory / f"{panel.key}.png")
+        figure.savefig(paths[-1], dpi=110)
+        plt.close(figure)
+    return paths

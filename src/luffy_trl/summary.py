@@ -1,0 +1,187 @@
+"""What a run is going to do, said before its first step, and what it did, said at its end."""
+
+import shlex
+from datetime import timedelta
+
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from torch import nn
+from transformers import TrainerCallback
+
+from .config import LuffyConfig
+from .demonstrations import DROPPED_COLUMN, TRUNCATED_COLUMN, USABLE_COLUMN
+from .trainer import LuffyTrainer
+
+
+# Bytes of a trained parameter with AdamW, weight, gradient and optimizer states together, and of one that vLLM holds
+# (docs/scaling.md)
+TRAINED_BYTES, VLLM_BYTES = 16, 2
+
+
+class StartSummary(TrainerCallback):
+    """Prints the start-up summary when training begins: then the number of steps is known."""
+
+    def __init__(self, trainer: LuffyTrainer, dataset_name: str):
+        self.trainer = trainer
+        self.dataset_name = dataset_name
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.accelerator.print(start_summary(self.trainer, self.dataset_name))
+
+
+def start_summary(trainer: LuffyTrainer, dataset_name: str) -> str:
+    """Eight lines; uses `trainer.state.max_steps`, which is set when training begins."""
+    args, state = trainer.args, trainer.state
+    lines = {
+        "model": _model(trainer),
+        "data": _data(trainer, dataset_name),
+        "group": _group(args),
+        "step": batch_arithmetic(args, trainer.accelerator.num_processes),
+        "run": f"{_count(state.max_steps, 'optimizer step')}, at most {_count(state.num_train_epochs, 'epoch')}",
+        "off-policy": off_policy(args, trainer._has_behavior_logps) if args.num_demonstrations else "nothing (GRPO)",
+        "memory": memory(trainer),
+        "output": args.output_dir,
+    }
+    return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
+
+
+def end_summary(trainer: LuffyTrainer) -> str:
+    """Steps, time, first and last rewards, where the model is, and the command for the report."""
+    history, directory = trainer.state.log_history, trainer.args.output_dir
+    seconds = next((line["train_runtime"] for line in reversed(history) if "train_runtime" in line), 0)
+    lines = [f"{_count(trainer.state.global_step, 'optimizer step')} done; this start took {_duration(seconds)}"]
+    for metric, name in (("on_policy/reward", "rollouts"), ("off_policy/reward", "demonstrations")):
+        values = [line[metric] for line in history if metric in line]
+        if values:
+            lines.append(f"Reward of {name}: {values[0]:.3f} when first logged, {values[-1]:.3f} at the end")
+    lines.append(f"Saved the model, its tokenizer and its card to {directory}")
+    lines.append(f"Curves and completions: luffy-trl report {shlex.quote(str(directory))}")
+    return "\n".join(lines)
+
+
+def finish(trainer: LuffyTrainer) -> None:
+    """Save the logs beside the model, for the report, and print the summary of the end."""
+    trainer.save_state()
+    trainer.accelerator.print(end_summary(trainer))
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int, int]:
+    """(all, trained, bytes of the frozen ones), of partitioned and 4-bit weights too."""
+    total = trained = frozen_bytes = 0
+    for parameter in model.parameters():
+        # ZeRO-3 leaves an empty tensor, and the number of elements in this attribute
+        stored = parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+        # bitsandbytes packs two 4-bit values into a byte
+        count = stored * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else stored
+        total += count
+        if parameter.requires_grad:
+            trained += count
+        else:
+            frozen_bytes += stored * parameter.element_size()
+    return total, trained, frozen_bytes
+
+
+def batch_arithmetic(args: LuffyConfig, processes: int) -> str:
+    """How many rows and prompts an optimizer step and a generation hold, and why."""
+    rows = processes * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    factors = (
+        _count(processes, "process", "processes"),
+        _count(args.per_device_train_batch_size, "row"),
+        _count(args.gradient_accumulation_steps, "micro-batch", "micro-batches"),
+    )
+    generated = args.generation_batch_size
+    text = (
+        f"{' x '.join(factors)} = {_count(rows, 'row')}, {rows / args.num_generations:g} prompts; "
+        f"a generation makes {_count(generated, 'row')}, {generated / args.num_generations:g} prompts"
+    )
+    return text + (f", each trained {args.num_iterations} times" if args.num_iterations > 1 else "")
+
+
+def off_policy(args: LuffyConfig, has_behavior_logps: bool) -> str:
+    """The demonstrations' part of the objective, and what of it is not as in the paper."""
+    if args.demonstration_loss == "sft":
+        parts = ["loss -log pi"]
+    else:
+        constant = {"regularized": f", gamma {args.shaping_gamma:g}", "power": f", exponent {args.shaping_exponent:g}"}
+        behavior = "from the data's log-probs" if has_behavior_logps else "1"
+        parts = [f"loss -A f(r), f {args.shaping}{constant.get(args.shaping, '')}, behavior probability {behavior}"]
+    if args.demonstration_source != "dataset":
+        parts.append(f"from {args.demonstration_source}")
+    if args.demonstration_weight != 1 or args.demonstration_weight_schedule != "constant":
+        parts.append(f"weight {args.demonstration_weight:g} {args.demonstration_weight_schedule}")
+    if args.prefix_strategy != "fixed" or args.prefix_max < 1:
+        parts.append(f"prefixes {args.prefix_strategy}, {args.prefix_min:g} to {args.prefix_max:g} of the tokens")
+    if args.success_gate is not None:
+        parts.append(f"where at most {args.success_gate:.0%} of the rollouts are solved")
+    baseline = "whole group" if args.advantage_baseline == "group" else "rollouts"
+    return "; ".join([*parts, f"baseline: {baseline}"])
+
+
+def memory(trainer: LuffyTrainer) -> str:
+    """Of one process, by the formulas of docs/scaling.md, not measured."""
+    args, processes = trainer.args, trainer.accelerator.num_processes
+    total, trained, frozen_bytes = count_parameters(trainer.model)
+    states = (trained * TRAINED_BYTES + frozen_bytes) / (processes if _is_sharded(trainer) else 1)
+    parts = [f"{_gb(states)} weights, gradients, optimizer"]
+    if args.gradient_checkpointing:
+        config = trainer.model.config.get_text_config()
+        row = config.num_hidden_layers * args.max_completion_length * config.hidden_size * (2 if args.bf16 else 4)
+        parts.append(f"{_gb(row * args.per_device_train_batch_size)} activations without the prompts'")
+    if args.use_vllm and args.vllm_mode == "colocate":
+        parts.append(f"{_gb(total * VLLM_BYTES / args.vllm_tensor_parallel_size)} vLLM's weights, and its cache")
+    return "computed, a process: " + " + ".join(parts)
+
+
+def _model(trainer: LuffyTrainer) -> str:
+    total, trained, _ = count_parameters(trainer.model)
+    share = "all" if trained == total else f"{trained / total:.2%}"
+    return f"{trainer.model.config._name_or_path or 'unnamed'}: {_big(total)} parameters, {share} trained"
+
+
+def _data(trainer: LuffyTrainer, name: str) -> str:
+    dataset = trainer.train_dataset
+    if not isinstance(dataset, Dataset):
+        return f"{name}: streamed, counted as it is read"
+    text = f"{name}: {_count(len(dataset), 'prompt')}"
+    if USABLE_COLUMN not in dataset.column_names:
+        return f"{text}, no demonstrations from the data"
+    text += f", {sum(usable > 0 for usable in dataset[USABLE_COLUMN]):,} with a demonstration"
+    dropped, truncated = sum(dataset[DROPPED_COLUMN]), sum(dataset[TRUNCATED_COLUMN])
+    if dropped or truncated:
+        text += f"; {_count(dropped, 'demonstration')} dropped and {truncated:,} truncated as too long"
+    return text
+
+
+def _group(args: LuffyConfig) -> str:
+    rollouts = _count(args.num_generations - args.num_demonstrations, "rollout")
+    given = f" + {_count(args.num_demonstrations, 'demonstration')}" if args.num_demonstrations else ""
+    return (
+        f"{args.num_generations} completions a prompt = {rollouts}{given}, up to {args.max_completion_length} tokens"
+    )
+
+
+def _is_sharded(trainer: LuffyTrainer) -> bool:
+    """Whether each process holds only its part of everything: ZeRO-3 and FSDP."""
+    accelerator = trainer.accelerator
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.state.deepspeed_plugin.zero_stage == 3
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def _count(n: int, one: str, many: str = "") -> str:
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def _big(count: int) -> str:
+    for size, unit in ((1e9, "billion"), (1e6, "million")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:,}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2g} MB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))

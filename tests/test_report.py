@@ -1,0 +1,262 @@
+"""`luffy-trl report`: from directories as runs leave them to a page, read back by an HTML parser."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from luffy_trl.cli import main
+from luffy_trl.reporting.panels import bounds, filled_panels, thinned, ticks
+from luffy_trl.reporting.runs import read_run
+
+
+HOSTILE = (
+    "<!--<script></script x></script><script>document.title='taken'</script><img src=x onerror=alert(1)> & \u2028"
+)
+
+
+class Page(HTMLParser):
+    """Elements, the text of each script of data, and the text that a reader sees."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.data: list[tuple[dict, str]] = []
+        self.text = ""
+        self._raw: dict | None = None
+        self.feed(html)
+        self.panels = [attributes["id"] for tag, attributes in self.elements if tag == "figure"]
+        self.steps = [(a, json.loads(text)) for a, text in self.data if a.get("class") == "step"]
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._raw = dict(attrs) if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag):
+        self._raw = None
+
+    def handle_data(self, data):
+        if self._raw is None:
+            self.text += data
+        elif self._raw.get("type") == "application/json":
+            self.data.append((self._raw, data))
+
+
+def state(steps: int, max_steps: int = 4, **metrics) -> str:
+    lines = [{"step": s, "loss": 0.5 / s, **{k: v(s) for k, v in metrics.items()}} for s in range(1, steps + 1)]
+    return json.dumps({"global_step": steps, "max_steps": max_steps, "log_history": lines})
+
+
+def write_completions(run, step: int, completions: list[str], prompts: list | None = None):
+    folder = run / "completions"
+    folder.mkdir(parents=True, exist_ok=True)
+    n = len(completions)
+    pd.DataFrame(
+        {
+            "step": step,
+            "prompt": prompts or ["Why?"] * n,
+            "completion": completions,
+            "my_reward": [1.0] + [math.nan] * (n - 1),
+            "demonstration": [i == n - 1 for i in range(n)],
+            "advantage": [0.5] * n,
+        }
+    ).to_parquet(folder / f"completions_{step:05d}.parquet")
+
+
+@pytest.fixture
+def run(tmp_path):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    rewards = {"on_policy/reward": lambda s: s / 10, "off_policy/reward": lambda s: 1}
+    (directory / "trainer_state.json").write_text(state(4, **rewards))
+    return directory
+
+
+def report(tmp_path, *arguments) -> Page:
+    main(["report", *map(str, arguments), "--output_dir", str(tmp_path / "report")])
+    return Page((tmp_path / "report" / "report.html").read_text())
+
+
+def test_two_runs_make_one_page_without_addresses_and_without_empty_panels(run, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "trainer_state.json").write_text(state(2, **{"on_policy/entropy": lambda s: math.nan if s == 1 else 0.3}))
+    write_completions(run, 4, ["a", "b"])
+    page = report(tmp_path, run, other)
+    assert page.panels == ["panel-reward", "panel-entropy", "panel-loss"]
+    assert sorted(p.stem for p in (tmp_path / "report").glob("*.png")) == ["entropy", "loss", "reward"]
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert re.findall(r"https?://\S+", html) == ['http://www.w3.org/2000/svg",']  # a name, never loaded
+    assert not any({"src", "href", "action"} & set(attributes) for _, attributes in page.elements)
+    paths = [a["d"] for tag, a in page.elements if tag == "path" and "stroke-width" in a]
+    assert len(paths) == 5  # reward: 2 of run; entropy: 1 of other; loss: 1 each
+    assert all(re.fullmatch(r"M[\d.]+ [\d.]+(L[\d.]+ [\d.]+)*", d) for d in paths)
+    assert "4 of 4" in " ".join(page.text.split())
+    assert "not finished" in page.text
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "torch 1.0\n\nVersions: luffy_trl 0.1.0, trl 1.16.0, torch 2.13.0+cpu, datasets 5.2.0.\n",
+        "### Framework versions\n\n- TRL: 1.16.0\n- Pytorch: 2.13.0+cpu\n- Datasets: 5.2.0\n",
+    ],
+)
+def test_versions_come_from_the_model_card(card, run):
+    (run / "README.md").write_text(card)
+    versions = read_run(run, "run").versions
+    assert {name.lower(): v for name, v in versions.items() if "luffy" not in name} in (
+        {"trl": "1.16.0", "torch": "2.13.0+cpu"},
+        {"trl": "1.16.0", "pytorch": "2.13.0+cpu"},
+    )
+
+
+def test_a_curve_lies_where_its_values_say(run, tmp_path):
+    page = report(tmp_path, run)
+    first = next(a["d"] for tag, a in page.elements if tag == "path" and "stroke-width" in a)
+    # rewards 0.1 to 0.4 beside demonstrations' 1: the axis is 0 to 1 over heights 194 to 8, steps over 52 to 392
+    points = [[float(n) for n in point.split()] for point in first[1:].split("L")]
+    expected = [[52 + (s - 1) / 3 * 340, 194 - s / 10 * 186] for s in (1, 2, 3, 4)]
+    assert points == [pytest.approx(point, abs=0.06) for point in expected]
+
+
+def test_text_of_a_completion_never_becomes_markup(run, tmp_path):
+    write_completions(run, 3, [HOSTILE, HOSTILE], prompts=[HOSTILE, HOSTILE])
+    page = report(tmp_path, run)
+    assert [tag for tag, _ in page.elements].count("img") == 0
+    assert len([a for tag, a in page.elements if tag == "script" and "type" not in a]) == 1
+    assert not any("<" in text for _, text in page.data)
+    [(_, groups)] = page.steps
+    assert groups[0]["prompt"] == HOSTILE
+    assert [row["text"] for row in groups[0]["rows"]] == [HOSTILE, HOSTILE]
+
+
+def test_a_run_may_have_any_name(run, tmp_path):
+    run = run.rename(tmp_path / "<b>$x_1")
+    page = report(tmp_path, run)
+    assert "<b>$x_1" in page.text
+    assert "b" not in {a.get("id") for tag, a in page.elements if tag == "b"}
+
+
+def test_groups_hold_rollouts_and_demonstrations_with_their_rewards(run, tmp_path):
+    chat = [[{"role": "user", "content": "1 + 1?"}]] * 2
+    write_completions(run, 4, [[{"role": "assistant", "content": c}] for c in ("two", "2")], prompts=chat)
+    [(attributes, [group])] = report(tmp_path, run).steps
+    assert attributes["data-step"] == "4"
+    assert group["prompt"] == "user: 1 + 1?"
+    assert group["rows"] == [
+        {"text": "two", "rewards": {"my_reward": 1.0}, "demonstration": False, "advantage": 0.5},
+        {"text": "2", "rewards": {"my_reward": None}, "demonstration": True, "advantage": 0.5},
+    ]
+
+
+def test_limits_spread_over_the_steps_and_are_said(run, tmp_path, capsys):
+    for step in range(1, 101):
+        write_completions(run, step, ["x" * 9000, "y"])
+    page = report(tmp_path, run, "--completions", 10)
+    assert [a["data-step"] for a, _ in page.steps] == ["1", "26", "51", "75", "100"]
+    text = page.steps[0][1][0]["rows"][0]["text"]
+    assert "[... 5,000 characters left out ...]" in text
+    assert len(text) < 4100
+    assert "completions of 5 of the 100 logged steps are shown" in capsys.readouterr().out
+    one = report(tmp_path, run, "--completions", 1)
+    assert [len(group["rows"]) for _, groups in one.steps for group in groups] == [1]
+    assert "1 more completions of the shown steps are left out" in capsys.readouterr().out
+    assert report(tmp_path, run, "--completions", 0).steps == []
+
+
+def test_a_run_still_going_is_read_from_its_newest_whole_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    for step in (1, 2, 3):
+        checkpoint = run / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text(state(step))
+        size = (checkpoint / "trainer_state.json").stat().st_size
+        (checkpoint / "manifest.json").write_text(json.dumps({"files": {"trainer_state.json": size + (step == 3)}}))
+    (run / "trainer_state.json").write_text(state(1))  # of an earlier start
+    found = read_run(run, "run")
+    assert (found.source, found.step, found.finished) == ("checkpoint-2/trainer_state.json", 2, False)
+    assert found.curve("loss") == [(1, 0.5), (2, 0.25)]
+    assert found.notes[0].startswith("checkpoint-3 was skipped: trainer_state.json has")
+
+
+def test_a_completions_file_being_written_is_skipped_and_counted(run, tmp_path, capsys):
+    write_completions(run, 1, ["a", "b"])
+    (run / "completions" / "completions_00002.parquet").write_bytes(b"PAR1 not yet")
+    assert len(report(tmp_path, run).steps) == 1
+    assert "1 files of completions cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere is no directory"),
+        (["."], "has neither a trainer_state.json nor a whole checkpoint nor completions"),
+        (["run", "run/."], "The same directory is given twice"),
+        (["run", "--completions", "-1"], "--completions -1 must be 0 or more"),
+        (["run", "--model", "nowhere"], "--model nowhere cannot be loaded"),
+        (["run", "--colour"], "unrecognized arguments: --colour"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, message, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["report", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"global_step": "x", "max_steps": 1, "log_history": []}', "[" * 10**5])
+def test_a_state_that_is_none_is_said(text, run, tmp_path, capsys):
+    (run / "trainer_state.json").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["report", str(run)])
+    assert "trainer_state.json " in capsys.readouterr().err
+
+
+def test_tokens_have_their_probability_under_the_model(run, tmp_path, tiny_model_dir, tokenizer):
+    write_completions(run, 4, ["a;b#b", "c#c"], prompts=["Da+1:", "Da+1:"])
+    page = report(tmp_path, run, "--model", tiny_model_dir)
+    tokens = page.steps[0][1][0]["rows"][0]["tokens"]
+    assert [text for text, _ in tokens] == list("a;b#b")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+    ids = tokenizer("Da+1:a;b#b", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        probs = model(ids).logits[0, :-1].softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    assert [p for _, p in tokens] == pytest.approx(probs[-5:].tolist(), rel=5e-3)
+    assert "not under the policy at that step" in page.text
+
+
+def test_long_curves_are_means_of_neighbours():
+    curve = [(float(i), float(i % 2)) for i in range(10_000)]
+    thin = thinned(curve)
+    assert len(thin) == 400
+    assert thin[0] == (12.0, pytest.approx(12 / 25))  # 0 to 24: 12 odd numbers
+    assert thinned(curve[:400]) == curve[:400]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.25, 0.5, 0.75, 1]), (0.03, 0.17, [0, 0.05, 0.1, 0.15, 0.2]), (-7, 12, [-10, -5, 0, 5, 10, 15])],
+)
+def test_ticks_are_round_and_enclose(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value", [0.0, -3.0, 1e-30, 1e30])
+def test_a_constant_has_an_axis(value, run):
+    found = read_run(run, "run")
+    found.history = [{"step": 1.0, "loss": value}]
+    [(_, series)] = filled_panels([found])
+    _, _, low, high = bounds(series)
+    assert low < high
+    values = ticks(low, high)
+    assert values[0] <= low
+    assert values[-1] >= high * (1 - 1e-6)
+    assert 2 <= len(values) <= 7

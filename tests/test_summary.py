@@ -1,0 +1,118 @@
+"""What a run says of itself before and after."""
+
+import json
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from luffy_trl.cli import main
+from luffy_trl.quiet import quiet_libraries
+from luffy_trl.summary import StartSummary, batch_arithmetic, count_parameters, memory, off_policy
+
+
+@pytest.fixture(autouse=True)
+def bars_as_before():
+    yield
+    transformers_logging.enable_progress_bar()
+
+
+def test_a_run_says_what_it_does_and_what_it_did(tiny_model_dir, tmp_path, capsys):
+    out = tmp_path / "an out"
+    arguments = {
+        "model_name_or_path": tiny_model_dir, "dataset_name": "letter_walk", "output_dir": out, "use_cpu": True,
+        "bf16": False, "num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
+        "max_completion_length": 16, "max_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
+        "gradient_checkpointing": False, "disable_tqdm": True,
+    }  # fmt: skip
+    main(["train", *[str(part) for k, v in arguments.items() for part in (f"--{k}", v)]])
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("model "))
+    assert f"{tiny_model_dir}: " in lines[start]
+    assert lines[start].endswith("parameters, all trained")
+    assert lines[start + 1 : start + 6] == [
+        "data        letter_walk: 2,048 prompts, 2,048 with a demonstration",
+        "group       4 completions a prompt = 3 rollouts + 1 demonstration, up to 16 tokens",
+        "step        1 process x 8 rows x 2 micro-batches = 16 rows, 4 prompts; a generation makes 16 rows, 4 prompts",
+        "run         2 optimizer steps, at most 1 epoch",
+        "off-policy  loss -A f(r), f regularized, gamma 0.1, behavior probability 1; baseline: whole group",
+    ]
+    state = json.loads((out / "trainer_state.json").read_text())
+    rewards = [line["on_policy/reward"] for line in state["log_history"] if "on_policy/reward" in line]
+    assert f"Reward of rollouts: {rewards[0]:.3f} when first logged, {rewards[-1]:.3f} at the end" in lines
+    assert lines[-1] == f"Curves and completions: luffy-trl report '{out}'"
+    steps = [line for line in state["log_history"] if "step_time" in line]
+    assert len(steps) == 2
+    for line in steps:  # phases are parts of the step
+        assert 0 < line["time/generation"] < line["step_time"]
+        assert 0 < line["time/rewards"] < line["step_time"]
+
+
+def test_arithmetic_of_several_processes_and_steps_a_generation(config):
+    args = config(gradient_accumulation_steps=2, steps_per_generation=8, num_iterations=2)
+    args.generation_batch_size = 3 * 8 * 8  # on three processes
+    assert batch_arithmetic(args, 3) == (
+        "3 processes x 8 rows x 2 micro-batches = 48 rows, 12 prompts; a generation makes 192 rows, 48 prompts, "
+        "each trained 2 times"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"shaping": "power"}, "loss -A f(r), f power, exponent 0.5, behavior probability 1; baseline: whole group"),
+        ({"demonstration_loss": "sft", "advantage_baseline": "on_policy"}, "loss -log pi; baseline: rollouts"),
+        (
+            {"shaping": "identity", "success_gate": 0.25, "prefix_strategy": "uniform", "demonstration_weight": 2.0},
+            "loss -A f(r), f identity, behavior probability 1; weight 2 constant; prefixes uniform, 0 to 1 of the "
+            "tokens; where at most 25% of the rollouts are solved; baseline: whole group",
+        ),
+    ],
+)
+def test_what_is_off_policy(fields, expected, config):
+    assert off_policy(config(**fields), has_behavior_logps=False) == expected
+
+
+def test_dropped_demonstrations_are_said(make_trainer, capsys):
+    trainer = make_trainer(max_completion_length=8, demonstration_overflow="truncate", max_steps=1)
+    trainer.add_callback(StartSummary(trainer, "walks"))
+    trainer.train()
+    out = capsys.readouterr().out
+    cut = sum(trainer.train_dataset["demonstrations_truncated"])
+    assert 0 < cut <= 16
+    assert f"16 prompts, 16 with a demonstration; 0 demonstrations dropped and {cut} truncated as too long" in out
+
+
+def test_parameters_are_counted_where_they_are_frozen_packed_or_elsewhere():
+    model = nn.Linear(10, 5)  # 50 + 5
+    model.bias.requires_grad = False
+    assert count_parameters(model) == (55, 50, 20)
+    model.weight.data = torch.empty(0)
+    model.weight.ds_numel = 50  # as ZeRO-3 leaves it
+    assert count_parameters(model) == (55, 50, 20)
+    Params4bit = type("Params4bit", (nn.Parameter,), {})  # noqa: N806 - bitsandbytes' name
+    model.weight = Params4bit(torch.zeros(25, 1, dtype=torch.uint8), requires_grad=False)
+    assert count_parameters(model) == (55, 0, 45)
+
+
+def test_memory_follows_the_formulas(make_trainer):
+    trainer = make_trainer(gradient_checkpointing=True)
+    size = sum(p.numel() for p in trainer.model.parameters())
+    rows = 8 * 2 * 16 * 32 * 4  # rows, layers, tokens, hidden, bytes
+    expected = f"{size * 16 / 1e6:.2g} MB weights, gradients, optimizer + {rows / 1e6:.2g} MB activations"
+    assert memory(trainer) == f"computed, a process: {expected} without the prompts'"
+
+
+def test_only_known_noise_is_quiet():
+    quiet_libraries()
+    quiet_libraries()
+    for name, noise in (
+        ("DeepSpeed", "Setting accelerator to CPU. If you have GPU"),
+        ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community: none"),
+    ):
+        logger = logging.getLogger(name)
+        assert len(logger.filters) == 1
+        assert not logger.filter(logger.makeRecord(name, logging.WARNING, "", 0, noise, (), None))
+        assert logger.filter(logger.makeRecord(name, logging.WARNING, "", 0, "Out of memory", (), None))
