@@ -1,4 +1,4 @@
-"""Tables of docs/learning.md and its figures, from the runs of `learning.py`. Only what was measured is shown."""
+"""Tables and figures of docs/learning.md and the README, from the runs of `learning.py`. Only what was measured."""
 
 import math
 import statistics
@@ -8,6 +8,7 @@ from typing import Any
 
 
 Result = dict[str, Any]
+SAME_RATE = 1e-4  # where methods are compared at one learning rate
 BEGIN, END = "<!-- measured: written by benchmarks/learning.py -->", "<!-- end of measured -->"
 COLUMNS: dict[str, Callable[[Result], float]] = {
     "5 letters": lambda run: run["accuracy"]["5"],
@@ -25,6 +26,15 @@ COLUMNS: dict[str, Callable[[Result], float]] = {
     "CPU s": lambda run: run["train_cpu_seconds"],
 }
 FORMATS = {"tokens": ".1f", "distinct of 16": ".1f", "steps to rare 0.5": ".0f", "generated": ".0f", "CPU s": ".1f"}
+# Of the short table: column -> (condition, what of it)
+SHORT: dict[str, tuple[str, str]] = {
+    "trained length": ("clean", "sampled"),
+    "7 letters": ("clean", "7"),
+    "30% faulty": ("30% faulty", "sampled"),
+    "60% faulty": ("60% faulty", "sampled"),
+    "5% demonstrated": ("5% demonstrated", "sampled"),
+    "CPU s": ("clean", "CPU s"),
+}
 
 
 def steps_to(run: Result, metric: str, value: float) -> float:
@@ -34,8 +44,8 @@ def steps_to(run: Result, metric: str, value: float) -> float:
 
 
 def cell(values: list[float], spec: str = ".3f") -> str:
-    """Mean (min to max); the median where a run never got there."""
-    if any(math.isnan(value) for value in values):
+    """Mean (min to max); how many got there where some never did."""
+    if not values or any(math.isnan(value) for value in values):
         return "-"
     low, high = min(values), max(values)
     if math.isinf(high):
@@ -48,11 +58,8 @@ def cell(values: list[float], spec: str = ".3f") -> str:
 
 def table(runs: list[Result]) -> str:
     """One row a method (and setting): learning rate, number of seeds, then the columns."""
-    rows: dict[tuple[str, str], list[Result]] = {}
-    for run in runs:
-        rows.setdefault((run["method"], run["label"]), []).append(run)
     lines = ["| method | lr | seeds | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 3) + "|"]
-    for (method, label), group in rows.items():
+    for (method, label), group in grouped(runs, lambda run: (run["method"], run["label"])).items():
         name = f"{method}, {label}" if label else method
         cells = [cell([column(run) for run in group], FORMATS.get(key, ".3f")) for key, column in COLUMNS.items()]
         seeds = ", ".join(str(run["seed"]) for run in sorted(group, key=lambda run: run["seed"]))
@@ -60,17 +67,57 @@ def table(runs: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def grouped(runs: list[Result], key: Callable[[Result], Any]) -> dict[Any, list[Result]]:
+    """Runs by key, in order of first appearance."""
+    groups: dict[Any, list[Result]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
+def short_table(runs: list[Result]) -> str:
+    """One row a method of the clean condition, one column a condition: what a reader looks for first."""
+    lines = ["| method | " + " | ".join(SHORT) + " |", "| --- " * (len(SHORT) + 1) + "|"]
+    for method, of_method in grouped(runs, lambda run: run["method"]).items():
+        by_condition = grouped(of_method, lambda run: run["condition"])
+        if "clean" not in by_condition:
+            continue
+        cells = [
+            cell([COLUMNS[column](run) for run in by_condition[condition]], FORMATS.get(column, ".2f"))
+            if condition in by_condition
+            else "-"
+            for condition, column in SHORT.values()
+        ]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def rates_table(runs: list[Result], chosen: dict[str, float]) -> str:
+    """Share of right sampled answers by method and learning rate; the chosen rate is bold."""
+    rates = sorted({run["learning_rate"] for run in runs})
+    lines = ["| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "| --- " * (len(rates) + 1) + "|"]
+    for method, of_method in grouped(runs, lambda run: run["method"]).items():
+        by_rate = grouped(of_method, lambda run: run["learning_rate"])
+        cells = [cell([COLUMNS["sampled"](run) for run in by_rate.get(rate, [])]) for rate in rates]
+        marked = [
+            f"**{text}**" if chosen.get(method) == rate else text for rate, text in zip(rates, cells, strict=True)
+        ]
+        lines.append(f"| {method} | " + " | ".join(marked) + " |")
+    return "\n".join(lines)
+
+
 def markdown(results: Result) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    by_condition: dict[str, list[Result]] = {}
-    for run in results["runs"]:
-        by_condition.setdefault(run["condition"], []).append(run)
     parts = [
         f"Measured {results['date']} on {results['device']}; {versions}; {results['steps']} optimizer steps a run."
     ]
-    for condition, runs in by_condition.items():
-        if not condition.startswith("validation"):
-            parts += [f"### {condition[0].upper()}{condition[1:]}", table(runs)]
+    for condition, runs in grouped(results["runs"], lambda run: run["condition"]).items():
+        title = f"### {condition[0].upper()}{condition[1:]}"
+        if condition.startswith("validation"):
+            chosen = {method: rate for task, method, rate in results["learning_rates"] if task == runs[0]["task"]}
+            parts += [title, rates_table(runs, chosen)]
+        else:
+            parts += [title, table(runs)]
     if results["missing"]:
         missing: dict[str, int] = {}
         for key in results["missing"]:
@@ -92,15 +139,17 @@ def insert(path: Path, text: str) -> None:
     path.write_text(page[: page.index(BEGIN) + len(BEGIN)] + f"\n\n{text}\n\n" + page[page.index(END) :])
 
 
-def write_report(results: Result, docs: Path) -> None:
+def write_report(results: Result, docs: Path, readme: Path) -> None:
     insert(docs / "learning.md", markdown(results))
-    runs = [run for run in results["runs"] if not run["condition"].startswith("validation")]
+    runs = results["runs"]
+    insert(readme, short_table(runs))
 
     def of(*conditions: str) -> list[Result]:
         return [run for run in runs if run["condition"] in conditions]
 
-    curves(docs / "learning_zero_reward.png", of("clean"), ("GRPO", "LUFFY", "SFT"), ("reward",))
-    curves(docs / "learning_shaping.png", of("clean, all at 1e-4"), ("mixed policy", "LUFFY"), ("rare", "entropy"))
+    same_rate = [run for run in of("validation: letter walk") if run["learning_rate"] == SAME_RATE]
+    curves(docs / "learning_zero_reward.png", of("clean"), ("GRPO", "LUFFY", "SFT"), ("reward", "rare"))
+    curves(docs / "learning_shaping.png", same_rate, ("mixed policy", "LUFFY"), ("rare", "entropy"))
     curves(docs / "learning_diversity.png", of("free order"), None, ("reward", "entropy", "demonstration"))
     bars(docs / "learning_faulty.png", of("clean", "30% faulty", "60% faulty"), "sampled", "right answers, sampled")
     curves(docs / "learning_clip.png", of("four steps a generation"), None, ("reward", "rare"))

@@ -49,10 +49,8 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return build_tokenizer()
 
 
-@pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory, tokenizer) -> Path:
-    """A randomly initialised Qwen2 with the letter walk's tokenizer."""
-    directory = tmp_path_factory.mktemp("tiny-model")
+def save_tiny_qwen2(directory: Path, tokenizer: PreTrainedTokenizerBase, **options) -> Path:
+    """A randomly initialised Qwen2 of two layers with this tokenizer, saved there."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -61,16 +59,26 @@ def tiny_model_dir(tmp_path_factory, tokenizer) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        initializer_range=0.2,  # peaked distributions: ratios and clips that matter
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **options,
     )
     Qwen2ForCausalLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, tokenizer) -> Path:
+    """Of the letter walk, with peaked distributions: ratios and clips that matter."""
+    return save_tiny_qwen2(
+        tmp_path_factory.mktemp("tiny-model"),
+        tokenizer,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -85,24 +93,8 @@ def chat_tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def chat_model_dir(tmp_path_factory, chat_tokenizer) -> Path:
-    """A randomly initialised Qwen2 that reads any text, without a chat template."""
-    directory = tmp_path_factory.mktemp("chat-model")
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(chat_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        bos_token_id=None,
-        eos_token_id=chat_tokenizer.eos_token_id,
-        pad_token_id=chat_tokenizer.pad_token_id,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(directory)
-    chat_tokenizer.save_pretrained(directory)
-    return directory
+    """Reads any text; without a chat template."""
+    return save_tiny_qwen2(tmp_path_factory.mktemp("chat-model"), chat_tokenizer, max_position_embeddings=2048)
 
 
 @pytest.fixture
@@ -111,6 +103,19 @@ def walks() -> Dataset:
     return to_dataset(split_walks(train_size=16, test_size=1, length=4)["train"])
 
 
+# Of a run of seconds on a CPU: fields of LuffyConfig, and flags of `train.py`
+SMALL_RUN = {
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "max_completion_length": 16,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+}
+
 MakeTrainer = Callable[..., LuffyTrainer]
 
 
@@ -118,17 +123,9 @@ MakeTrainer = Callable[..., LuffyTrainer]
 def config(tmp_path) -> Callable[..., LuffyConfig]:
     def make(**overrides) -> LuffyConfig:
         options = {
+            **SMALL_RUN,
             "output_dir": str(tmp_path / "out"),
-            "num_generations": 4,
-            "per_device_train_batch_size": 8,
-            "max_completion_length": 16,
             "max_steps": 2,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
             "save_strategy": "no",
             "disable_tqdm": True,
         }

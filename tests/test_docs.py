@@ -22,7 +22,7 @@ from .test_train_script import build_text_model
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 # What an example may need that no test has
 NEEDS = {"gpu", "network", "hub account", "several machines", "a script of yours", "files of yours"}
 BLOCK = re.compile(r"(?:<!-- (needs|run by): (.+?) -->\n)?```(bash|python)\n(.*?)```", flags=re.DOTALL)

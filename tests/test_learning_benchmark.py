@@ -100,17 +100,26 @@ def test_pass_at_k_is_the_chance_of_a_draw_without_replacement(benchmark_script)
     assert benchmark_script.pass_at_k(9, 8) == 1.0
 
 
-def test_the_learning_rate_is_the_one_of_the_most_reward_and_the_middle_one_if_none_is(benchmark_script):
-    def run(method: str, rate: float, rewards: list[float]) -> dict:
+def test_the_learning_rate_is_the_smallest_as_good_as_the_best_and_the_middle_one_if_none_is(benchmark_script):
+    def run(method: str, rate: float, right: float) -> dict:
         return {
             "condition": "validation: letter walk", "task": "letter walk", "method": method, "learning_rate": rate,
-            "curves": {"reward": rewards},
+            "sampled": {"5": {"right": right}},
         }  # fmt: skip
 
-    runs = [run("GRPO", rate, [0.0, 0.0]) for rate in benchmark_script.LEARNING_RATES]
-    runs += [run("SFT", 3e-5, [0.0, 0.5]), run("SFT", 1e-4, [0.0, 0.9]), run("SFT", 3e-4, [0.1, 0.3])]
+    shares = {
+        "GRPO": [(0.0, 0.0), (0.0, 0.0), (0.0, 0.0)],
+        "SFT": [(0.98, 0.96), (0.99, 0.98), (1.0, 0.98)],  # 0.97, 0.985, 0.99
+        "LUFFY": [(0.1, 0.3), (0.5, 0.3), (1.0, 0.0)],  # 0.2, 0.4, 0.5
+    }
+    runs = [
+        run(method, rate, right)
+        for method, by_rate in shares.items()
+        for rate, seeds in zip(benchmark_script.LEARNING_RATES, by_rate, strict=True)
+        for right in seeds
+    ]
     rates = benchmark_script.chosen_rates({str(i): run for i, run in enumerate(runs)})
-    assert rates == {("letter walk", "GRPO"): 1e-4, ("letter walk", "SFT"): 1e-4}
+    assert rates == {("letter walk", "GRPO"): 1e-4, ("letter walk", "SFT"): 1e-4, ("letter walk", "LUFFY"): 3e-4}
 
 
 def test_no_two_runs_share_a_key(benchmark_script):
@@ -141,13 +150,15 @@ def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, tiny_model_di
     docs.mkdir()
     page = BENCHMARKS.parent / "docs" / "learning.md"
     (docs / "learning.md").write_text(page.read_text())
-    for seed in (0, 7):  # untrained bases: nobody waits for pretraining
+    readme = tmp_path / "README.md"
+    readme.write_text((BENCHMARKS.parent / "README.md").read_text())
+    for seed in (0, 7, 8, 9):  # untrained bases: nobody waits for pretraining
         (tmp_path / "bases").mkdir(exist_ok=True)
         (tmp_path / "bases" / f"letter-walk-0-seed{seed}").symlink_to(tiny_model_dir)
     command = [
         sys.executable, BENCHMARKS / "learning.py", "--output", tmp_path / "out.json", "--bases", tmp_path / "bases",
         "--log", tmp_path / "runs.jsonl",
-        "--docs", docs, "--steps", "2", "--seeds", "0", "--test_size", "8", "--workers", "1",
+        "--docs", docs, "--readme", readme, "--steps", "2", "--seeds", "0", "--test_size", "8", "--workers", "1",
         "--learning_rates", "1e-4",
         "--conditions", "clean", "--methods", "LUFFY", "SFT",
     ]  # fmt: skip
@@ -159,11 +170,12 @@ def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, tiny_model_di
         ("clean", "LUFFY"),
         ("clean", "SFT"),
     ]
-    assert len(results["runs"]) == 2 * 1 + 2
+    assert len(results["runs"]) == 2 * 3 + 2
     luffy = results["runs"][-2]
     assert luffy["curves"]["step"] == [0, 2]
     assert luffy["generated_tokens"] > 0
     assert "### Clean" in (docs / "learning.md").read_text()
+    assert f"| LUFFY | {luffy['sampled']['5']['right']:.2f} |" in readme.read_text()
     assert "| LUFFY | " in (docs / "learning.md").read_text()
     assert (docs / "learning_zero_reward.png").stat().st_size < 200_000
 
@@ -172,4 +184,4 @@ def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, tiny_model_di
     lines = log.read_text().splitlines()
     log.write_text("\n".join(lines[:-1]) + "\n")
     again = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert again.stdout.count(" of 4 ") == 1
+    assert again.stdout.count(" of 8 ") == 1

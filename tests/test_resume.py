@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from transformers import AutoModelForCausalLM
 from luffy_trl.checkpoints import UNFINISHED, checkpoints, damage, find_checkpoint, newest_complete
 from luffy_trl.cli import main
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
+
+from .conftest import SMALL_RUN
 
 
 ROOT = Path(__file__).parents[1]
@@ -36,16 +39,8 @@ def arguments(tiny_model_dir, tmp_path):
         "dataset_name": tmp_path / "walks.jsonl",
         "reward_funcs": "letter_walk_reward",
         "output_dir": tmp_path / "out",
-        "num_generations": 4,
-        "per_device_train_batch_size": 8,
-        "max_completion_length": 16,
         "save_steps": 1,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
+        **SMALL_RUN,
     }
 
     def make(**overrides) -> list[str]:
@@ -224,6 +219,30 @@ def test_two_processes_stop_together_and_one_that_dies_ends_the_other(arguments,
     assert process.returncode != 0
     assert f"Resuming from {stopped}" in output
     assert "Signal 9 (SIGKILL)" in output
+
+
+@pytest.mark.slow
+def test_two_processes_without_sharding_resume_to_the_same_weights(arguments, tmp_path):
+    out = tmp_path / "out"
+    config = ROOT / "accelerate_configs" / "cpu.yaml"
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2",
+                "--main_process_port", "0")  # fmt: skip
+    flags = arguments(
+        max_steps=2, per_device_train_batch_size=4, lr_scheduler_type="constant", resume_from_checkpoint="auto"
+    )
+    process = start(flags, launcher)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    whole = load_file(out / "model.safetensors")
+
+    shutil.rmtree(out / "checkpoint-2")
+    (out / "model.safetensors").unlink()
+    process = start(flags, launcher)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert f"Resuming from {out / 'checkpoint-1'}" in output
+    resumed = load_file(out / "model.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
 def worker(launcher: subprocess.Popen, rank: int) -> psutil.Process:

@@ -134,6 +134,10 @@ def test_a_recipe_runs_through_accelerate_launch(tmp_path, tiny_model_dir):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text().count("# out") == 1
 
+    report = run("-m", "luffy_trl.cli", "report", tmp_path / "out", "--output_dir", tmp_path / "report")
+    assert report.returncode == 0, report.stderr
+    assert "128 completions" in report.stdout  # two logs of 64
+
 
 @pytest.mark.slow
 def test_two_cpu_processes(tmp_path, tiny_model_dir):

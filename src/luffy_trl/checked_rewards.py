@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from trl.trainer.utils import is_async_callable
@@ -19,25 +20,28 @@ def checked(function: Callable, name: str) -> Callable:
 
         @functools.wraps(function)
         async def checked_function(**kwargs):
-            try:
+            with _named(name):
                 rewards = await function(**kwargs)
-            except Exception as error:
-                error.add_note(f"Raised by the reward function {name!r}.")
-                raise
             return _check(rewards, name)
 
     else:
 
         @functools.wraps(function)
         def checked_function(**kwargs):
-            try:
+            with _named(name):
                 rewards = function(**kwargs)
-            except Exception as error:
-                error.add_note(f"Raised by the reward function {name!r}.")
-                raise
             return _check(rewards, name)
 
     return checked_function
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"Raised by the reward function {name!r}.")
+        raise
 
 
 def _check(rewards: Sequence[Any], name: str) -> Sequence[Any]:

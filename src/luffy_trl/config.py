@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+import torch
 from trl import GRPOConfig
 
 from .demonstrations import OVERFLOWS
@@ -271,6 +272,9 @@ class LuffyConfig(GRPOConfig):
 
         super().__post_init__()
 
+        if self.device.type == "cpu":
+            # Accelerate's name for it in a distributed run is "cpu:0", which torch.load does not know: no resuming
+            self._setup_devices = torch.device("cpu")
         if self.num_demonstrations > 0:
             self._check_demonstrations_can_be_placed()
         if self.trim_padding is None:

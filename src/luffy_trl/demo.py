@@ -10,7 +10,7 @@ import datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, logging
 
 from .comparison import make_trainer
-from .report import plot_curves, text_table
+from .tables_and_curves import plot_curves, text_table
 from .tasks.letter_walk import MAX_COMPLETION_LENGTH, STEP_BY_STEP, distinct_walks, split_walks, to_dataset
 from .tasks.letter_walk_base import accuracy, load_or_pretrain
 from .tasks.probe import Probe

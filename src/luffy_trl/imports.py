@@ -3,7 +3,23 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+
+def named_function(name: str, known: Mapping[str, Callable], option: str, otherwise: str) -> Callable:
+    """The function of a known name, or at a dotted path.
+
+    Args:
+        otherwise: what to say of a name that is neither.
+
+    Raises:
+        ValueError: if there is no such function.
+    """
+    if name in known:
+        return known[name]
+    if "." in name:
+        return import_function(name, option)
+    raise ValueError(otherwise)
 
 
 def import_function(path: str, option: str) -> Callable:

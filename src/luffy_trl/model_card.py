@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard
 
-from .report import plot_curves
+from .tables_and_curves import plot_curves
 
 
 CARD = "README.md"

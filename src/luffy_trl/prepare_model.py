@@ -20,7 +20,7 @@ from .agreement import OPENING, disagreements
 from .data.contract import to_contract
 from .data.loading import choose_split, load_splits
 from .demonstrations import rendered_prompt
-from .report import text_table
+from .tables_and_curves import text_table
 from .trainer import LOOKED_AT
 
 

@@ -4,19 +4,19 @@ SFT, then RL."""
 from dataclasses import dataclass, field
 
 from datasets import Dataset
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from .demonstrations import demonstration_text
-from .stopping import RunStopped, StopAtStep
 from .training import (
     EMBEDDED_TASK,
     LuffyScriptArguments,
-    base_model,
     before_training,
     check_dataset_arguments,
     check_output_dir,
     load_dataset_splits,
     load_split,
+    model_options,
+    train_until_stopped,
 )
 
 
@@ -91,24 +91,9 @@ def run_sft(
         if len(rows) == 0:
             raise ValueError(f"--dataset_name {dataset_name}: none of its {len(dataset)} rows has a demonstration.")
 
-        training_args.model_init_kwargs = {
-            "revision": model_args.model_revision,
-            "attn_implementation": model_args.attn_implementation,
-            "dtype": model_args.dtype,
-        } | (training_args.model_init_kwargs or {})
-        trainer = SFTTrainer(
-            base_model(model_args.model_name_or_path, training_args.output_dir, training_args.seed),
-            training_args,
-            train_dataset=rows,
-            quantization_config=get_quantization_config(model_args),
-            peft_config=get_peft_config(model_args),
-        )
+        trainer = SFTTrainer(args=training_args, train_dataset=rows, **model_options(model_args, training_args))
     trainer.accelerator.print(f"SFT on {len(rows)} demonstrations of {len(dataset)} prompts")
-    with StopAtStep() as stop:
-        trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if stop.received:
-        raise RunStopped(stop.received, f"checkpoint-{trainer.state.global_step}")
+    train_until_stopped(trainer)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Saved the model and its tokenizer to {training_args.output_dir}")
     return trainer

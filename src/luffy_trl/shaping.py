@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from .imports import import_function
+from .imports import named_function
 
 
 Shaping = Callable[[torch.Tensor, float, float], torch.Tensor]
@@ -74,11 +74,10 @@ def get_shaping(shaping: str | Shaping) -> Shaping:
     """
     if callable(shaping):
         return shaping
-    if shaping in SHAPINGS:
-        return SHAPINGS[shaping]
-    if "." in shaping:
-        return import_function(shaping, "shaping")
-    raise ValueError(
+    return named_function(
+        shaping,
+        SHAPINGS,
+        "shaping",
         f"Unknown shaping {shaping!r}. Known are {', '.join(map(repr, SHAPINGS))}; your own is named by its dotted "
-        "path, such as my_shapings.mine, or added with `luffy_trl.shaping.register_shaping`."
+        "path, such as my_shapings.mine, or added with `luffy_trl.shaping.register_shaping`.",
     )

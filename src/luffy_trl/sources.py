@@ -27,7 +27,7 @@ from .demonstrations import (
     fill_groups,
     place_demonstrations,
 )
-from .imports import import_function
+from .imports import named_function
 from .replay import ReplayBuffer, Trajectory
 
 
@@ -58,13 +58,12 @@ def get_source_function(name: str) -> SourceFunction:
     Raises:
         ValueError: if there is none.
     """
-    if name in FUNCTIONS:
-        return FUNCTIONS[name]
-    if "." in name:
-        return import_function(name, "demonstration_source")
-    raise ValueError(
+    return named_function(
+        name,
+        FUNCTIONS,
+        "demonstration_source",
         f"demonstration_source={name!r} is not one of {', '.join(map(repr, SOURCES))}, nor the dotted path of a "
-        "function of yours, such as my_demonstrations.of."
+        "function of yours, such as my_demonstrations.of.",
     )
 
 

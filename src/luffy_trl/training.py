@@ -9,14 +9,14 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
 from .config import LuffyConfig
 from .data.contract import to_contract
 from .data.loading import check_file, choose_split, load_splits
 from .hub_queue import what_is_missing
-from .imports import import_function
+from .imports import named_function
 from .model_card import CardFacts
 from .recipe import as_yaml, given_fields
 from .redact import known_secrets
@@ -134,29 +134,21 @@ def run(
         if training_args.eval_strategy != "no":
             eval_dataset = load_split(splits, script_args.dataset_test_split, dataset_name)
 
-        training_args.model_init_kwargs = {
-            "revision": model_args.model_revision,
-            "attn_implementation": model_args.attn_implementation,
-            "dtype": model_args.dtype,
-        } | (training_args.model_init_kwargs or {})
         trainer = LuffyTrainer(
-            base_model(model_args.model_name_or_path, training_args.output_dir, training_args.seed),
-            reward_funcs,
-            training_args,
+            args=training_args,
+            reward_funcs=reward_funcs,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            quantization_config=get_quantization_config(model_args),
-            peft_config=get_peft_config(model_args),
+            **model_options(model_args, training_args),
         )
     trainer.card_facts = facts
     trainer.add_callback(StartSummary(trainer, dataset_name))
-    with StopAtStep() as stop:
-        trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if stop.received:
+    try:
+        train_until_stopped(trainer)
+    except RunStopped:
         if training_args.push_to_hub and (missing := what_is_missing(Path(training_args.output_dir))):
             trainer.accelerator.print(missing)
-        raise RunStopped(stop.received, f"checkpoint-{trainer.state.global_step}")
+        raise
 
     # Only a dataset of the Hub can be linked to
     on_hub = dataset_name != EMBEDDED_TASK and not Path(dataset_name).exists()
@@ -186,6 +178,33 @@ def base_model(name: str | None, output_dir: str, seed: int) -> str:
         return str(load_or_pretrain(Path(output_dir) / f"_base-seed{seed}", seed))
 
 
+def model_options(model_args: ModelConfig, training_args: LuffyConfig | SFTConfig) -> dict[str, Any]:
+    """A trainer's arguments that make its model. Completes `training_args.model_init_kwargs`."""
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    return {
+        "model": base_model(model_args.model_name_or_path, training_args.output_dir, training_args.seed),
+        "quantization_config": get_quantization_config(model_args),
+        "peft_config": get_peft_config(model_args),
+    }
+
+
+def train_until_stopped(trainer: LuffyTrainer | SFTTrainer) -> None:
+    """Train to the end, from the checkpoint that was asked for.
+
+    Raises:
+        RunStopped: after a signal, when the checkpoint is saved.
+    """
+    with StopAtStep() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    if stop.received:
+        raise RunStopped(stop.received, f"checkpoint-{trainer.state.global_step}")
+
+
 def card_facts(
     script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig, command: str | None
 ) -> CardFacts:
@@ -213,15 +232,17 @@ def load_reward_funcs(names: list[str] | None, dataset_name: str) -> list[Callab
                 "function of your own."
             )
         names = ["letter_walk_reward"]
-    functions = []
-    for name in names:
-        if name not in REWARD_FUNCS and "." not in name:
-            raise ValueError(
-                f"--reward_funcs {name}: no such reward function. Known are {', '.join(REWARD_FUNCS)}; your own is "
-                "named by its dotted path, such as my_rewards.my_function."
-            )
-        functions.append(REWARD_FUNCS[name] if name in REWARD_FUNCS else import_function(name, "--reward_funcs"))
-    return functions
+    known = ", ".join(REWARD_FUNCS)
+    return [
+        named_function(
+            name,
+            REWARD_FUNCS,
+            "--reward_funcs",
+            f"--reward_funcs {name}: no such reward function. Known are {known}; your own is named by its dotted "
+            "path, such as my_rewards.my_function.",
+        )
+        for name in names
+    ]
 
 
 def load_dataset_splits(name: str, script_args: ScriptArguments, seed: int) -> Mapping[str, Dataset | IterableDataset]:
