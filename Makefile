@@ -8,14 +8,15 @@ SEED ?= 0
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test test-vllm bench bench-learning lint format docs notebooks build clean
+.PHONY: help demo test test-vllm test-wheel bench bench-learning lint format docs notebooks build clean
 
 help:
 	@echo "make demo [SEED=0]  compare GRPO, LUFFY and SFT on the embedded task; results in outputs/demo"
 	@echo "make test           run the tests, fast ones first"
 	@echo "make test-vllm      train with a real vLLM, its CPU build, in an environment of its own"
+	@echo "make test-wheel     build the wheel, install it in a new environment, and run its demo from elsewhere"
 	@echo "make bench          the update phase and whole steps against TRL's; results in benchmarks/results"
-	@echo "make bench-learning what each method learns on the embedded tasks; docs/learning.md; about 40 minutes"
+	@echo "make bench-learning what each method learns on the embedded tasks; docs/learning.md; about an hour"
 	@echo "make lint           ruff and mypy"
 	@echo "make format         let ruff format and fix"
 	@echo "make docs           the site of docs/ into build/site, strict"
@@ -99,7 +100,15 @@ $(VENV)-build/installed:
 	touch $@
 
 build: $(VENV)-build/installed
+	rm -rf dist
 	$(VENV)-build/bin/python -m build --outdir dist
 
+# As a user has it: nothing of this folder but the wheel. A short demo
+test-wheel: build
+	rm -rf $(VENV)-wheel
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd dist && ../$(VENV)-wheel/bin/luffy-trl demo --steps 20 --output_dir ../build/wheel-demo
+
 clean:
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-docs $(VENV)-build build dist outputs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-docs $(VENV)-build $(VENV)-wheel build dist outputs .pytest_cache .ruff_cache .mypy_cache
