@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
 from ..demonstrations import DemonstrationEncoder
-from ..report import text_table
 from ..rewards.completions import Thought
+from ..tables_and_curves import text_table
 from .arguments import build_parser, check_arguments, with_dashes
 from .benchmarks import load_benchmarks
 from .contract import contract_features

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from ..report import text_table
+from ..tables_and_curves import text_table
 from . import EvaluationError
 from .samples import Sample
 
