@@ -193,8 +193,9 @@ def test_a_rollout_ends_at_any_of_the_models_eos_tokens(encode, tokenizer):
     ],
 )
 def test_prompts_that_cannot_be(encode, prompt, message):
-    with pytest.raises(ValueError, match=message):
-        encode(prompt=prompt, completion=["a"], start=2)
+    for completion in ("a", "<think>a</think>b"):  # which is compared with the prompt
+        with pytest.raises(ValueError, match=message):
+            encode(prompt=prompt, completion=[completion], start=2)
 
 
 def ints(*values):

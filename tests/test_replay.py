@@ -131,6 +131,17 @@ def test_a_saved_buffer_is_the_same_buffer(tmp_path):
     assert [loaded.sample(3) for _ in range(10)] == drawn
 
 
+def test_a_smaller_limit_leaves_longer_trajectories_out(tmp_path, caplog):
+    buffer = busy_buffer()
+    buffer.save(tmp_path, 0, 1, "data")
+    loaded = ReplayBuffer(30, start=0.2, group_size=8, longest=4)
+    loaded.load(tmp_path, 0, 1, "data")
+    kept = [t for t in contents(buffer)[0] if len(t.unpacked()[0]) <= 4]
+    assert 0 < len(kept) < len(buffer)
+    assert contents(loaded)[0] == kept
+    assert f"{len(buffer) - len(kept)} trajectories of more than 4 tokens were left out" in caplog.text
+
+
 def test_another_number_of_processes_deals_the_trajectories_anew(tmp_path):
     first, second = busy_buffer(), busy_buffer()
     second.add(trajectory(5, 0.01))
@@ -269,6 +280,16 @@ def test_a_rollout_is_remembered_once_however_often_it_is_trained(make_trainer, 
     kept = list(trainer._source.buffer._trajectories.values())
     assert len(kept) > 1
     assert len({t.token_ids for t in kept}) == len(kept)
+
+
+def test_what_is_masked_for_being_cut_off_is_not_kept(make_trainer, prompts):
+    def reward(completions, **kwargs):
+        return [1.0, 0.0] * (len(completions) // 2)
+
+    options = {"mask_truncated_completions": True, "replay_ratio": 1.0, "max_completion_length": 4, "max_steps": 6}
+    trainer = make_trainer(prompts, reward, **options, **REPLAY)
+    trainer.train()
+    assert all(t.token_ids for t in trainer._source.buffer._trajectories.values())
 
 
 @pytest.mark.slow

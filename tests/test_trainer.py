@@ -203,6 +203,46 @@ def test_on_policy_baseline_is_the_rollouts_mean(make_trainer, walks, scale_rewa
     assert list(trainer._logs["advantages"]) == pytest.approx(advantages.tolist())
 
 
+@pytest.mark.parametrize("scale_rewards", ["group", "batch"])
+@pytest.mark.parametrize("demonstrations_reward", [0.0, 5.0])
+@pytest.mark.parametrize(
+    "options", [{"success_gate": 0.3}, {"demonstration_loss": "sft", "advantage_baseline": "on_policy"}]
+)
+def test_demonstrations_without_an_advantage_move_no_rollout(
+    make_trainer, walks, options, demonstrations_reward, scale_rewards
+):
+    """Neither through the baseline nor through the scale: closed gates, and an SFT loss."""
+    rewards = [1.0, 0.0, 0.0, demonstrations_reward, 1.0, 1.0, 0.5, demonstrations_reward]
+    trainer = make_trainer(
+        walks.select(range(2)), reward=lambda completions, **kwargs: rewards, scale_rewards=scale_rewards, **options
+    )
+    advantages = generate_batch(trainer)["advantages"].view(2, 4)
+    rollouts = torch.tensor(rewards).view(2, 4)[:, :3]
+    std = rollouts.std(1, keepdim=True) if scale_rewards == "group" else rollouts.std()
+    torch.testing.assert_close(advantages[:, :3], (rollouts - rollouts.mean(1, keepdim=True)) / (std + 1e-4))
+    assert advantages[:, 3].tolist() == [0.0, 0.0]
+
+
+def test_in_a_closed_group_a_row_with_a_prefix_has_no_advantage(make_trainer, walks):
+    rewards = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    trainer = make_trainer(
+        walks.select(range(2)), reward=lambda completions, **kwargs: rewards, success_gate=0.0, prefix_max=0.5
+    )
+    output = generate_batch(trainer)
+    assert output["advantages"].tolist() == [0.0, 0.0, 0.0, 0.0, -0.25, -0.25, -0.25, 0.75]
+    assert output["demonstration_weight"].tolist() == [0.0] * 7 + [1.0]
+
+
+def test_weights_that_make_one_in_theory_solve_a_prompt(make_trainer):
+    def right(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    trainer = make_trainer(reward=[right] * 3, reward_weights=[0.15, 0.65, 0.2])  # 0.99999994 in float32
+    trainer.train()
+    [first, *_] = [line for line in trainer.state.log_history if "groups/solve_all" in line]
+    assert first["groups/solve_all"] == 1.0
+
+
 def test_rewards_grade_demonstrations_and_see_no_column_of_ours(make_trainer, walks):
     seen = {}
 

@@ -53,6 +53,8 @@ def whole_batch(trainer, model, rows, ratio=1.0, baseline="group", gate=1.0, rew
         fact["counts"] = sum(reward >= 1 for reward in rollouts) / len(rollouts) <= gate
         rewards = [other["reward"] for other in group] if baseline == "group" and fact["counts"] else rollouts
         fact["advantage"] = fact["reward"] - sum(rewards) / len(rewards)
+        if fact["off_policy"] and not fact["counts"]:
+            fact["advantage"] = 0.0
     return facts
 
 
@@ -256,6 +258,15 @@ def test_demonstrations_count_only_below_the_gate(make_trainer, rows, loss, gate
         trainer, solved_rows(rows), "dr_grpo", term=term, baseline=baseline, gate=gate, reward=sometimes_solved
     )
     assert {fact["counts"] for fact in facts} == ({True} if gate else {True, False})
+
+
+def test_a_closed_gate_keeps_rows_with_a_prefix_out_too(make_trainer, rows):
+    trainer = make_trainer(solved_rows(rows), reward=sometimes_solved, success_gate=0.0, prefix_max=0.5, **MISALIGNED)
+    facts = check(
+        trainer, solved_rows(rows), "dr_grpo", term=REGULARIZED, ratio=0.5, gate=0.0, reward=sometimes_solved
+    )
+    closed = [fact for fact in facts if fact["off_policy"] and not fact["counts"]]
+    assert any(fact["given"] < len(fact["ids"]) for fact in closed)
 
 
 @pytest.mark.parametrize(("schedule", "weight"), [("linear", 0.75), ("cosine", (1 + 0.5**0.5) / 2), ("constant", 1.0)])

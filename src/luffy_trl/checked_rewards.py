@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,7 +44,8 @@ def _named(name: str) -> Iterator[None]:
         raise
 
 
-def _check(rewards: Sequence[Any], name: str) -> Sequence[Any]:
+def _check(rewards: Iterable[Any], name: str) -> list[Any]:
+    rewards = list(rewards)  # TRL takes generators too
     for row, reward in enumerate(rewards):
         if reward is not None and not math.isfinite(reward):
             raise ValueError(

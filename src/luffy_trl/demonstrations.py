@@ -129,6 +129,8 @@ class DemonstrationEncoder:
         if has_logps:
             columns[LOGPS_COLUMN] = []
 
+        for prompt, row in zip(batch["prompt"], indices, strict=True):
+            _check_prompt(prompt, row)
         texts = [self._texts(batch, i, row) for i, row in enumerate(indices)]
         # One call for all texts of the batch: fast tokenizers spread it over the cores
         flat = [text for row_texts in texts for _, text in row_texts]
@@ -136,7 +138,6 @@ class DemonstrationEncoder:
         flat_ids = iter(tokenized.get("input_ids", []))
 
         for i, row in enumerate(indices):
-            _check_prompt(batch["prompt"][i], row)
             ids_list, logps_list, dropped, truncated = [], [], 0, 0
             for where, _ in texts[i]:
                 ids = self._end(next(flat_ids), where)

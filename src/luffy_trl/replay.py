@@ -71,9 +71,11 @@ class ReplayBuffer:
         capacity: trajectories, 1 or more.
         start: mean share of solved rollouts that a generation must reach once before anything is replayed.
         group_size: rollouts of a prompt at a time, which is the number of buckets.
+        longest: tokens of a trajectory that `load` takes; a run may be resumed with a smaller limit.
     """
 
-    def __init__(self, capacity: int, start: float, group_size: int):
+    def __init__(self, capacity: int, start: float, group_size: int, longest: float = math.inf):
+        self.longest = longest
         self.capacity = capacity
         self.start = start
         self.group_size = group_size
@@ -191,10 +193,16 @@ class ReplayBuffer:
         if not directories:
             logger.warning(f"{checkpoint} has no replay buffer: replay starts with an empty one.")
         self.clear()
+        too_long = 0
         for directory in directories:
-            self._load(directory, dataset, lambda row: own.is_dir() or row % processes == process)
+            too_long += self._load(directory, dataset, lambda row: own.is_dir() or row % processes == process)
+        if too_long:
+            logger.warning(
+                f"{too_long} trajectories of more than {self.longest} tokens were left out of the replay buffer."
+            )
 
-    def _load(self, directory: Path, dataset: str, is_ours: Callable[[int], bool]) -> None:
+    def _load(self, directory: Path, dataset: str, is_ours: Callable[[int], bool]) -> int:
+        """How many of this process's trajectories are too long."""
         try:
             with np.load(directory / INDEX) as file:  # without pickle
                 index = {name: file[name] for name in INDEX_ARRAYS}
@@ -210,11 +218,14 @@ class ReplayBuffer:
         self.started = bool(index["started"])
         self.success = dict(zip(index["success_rows"].tolist(), index["success"].tolist(), strict=True))
         self.retired = set(index["retired"].tolist())
-        end = 0
+        end = too_long = 0
         for row, length, entropy in zip(*(index[name].tolist() for name in INDEX_ARRAYS[:3]), strict=True):
             start, end = end, end + length
-            if is_ours(row):
+            if is_ours(row) and length > self.longest:
+                too_long += 1
+            elif is_ours(row):
                 self.add(Trajectory(row, entropy, token_ids[start:end].tobytes(), logps[start:end].tobytes()))
+        return too_long
 
 
 def _write_array(path: Path, dtype: np.dtype, parts: list[bytes]) -> None:

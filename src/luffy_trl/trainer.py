@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
+from trl.trainer.utils import nanstd
 
 from .agreement import disagreements
 from .batching import drop_zero_advantages, optimizer_steps, order_by_length, pack, trim, unpack
@@ -72,7 +73,7 @@ ENCODED_AT_ONCE = 100
 LOOKED_AT = 100
 
 # A rollout with this reward counts as solved in `groups/*`, as in the paper's released code
-SOLVED_REWARD = 1.0
+SOLVED_REWARD = 1.0 - 1e-6  # float32 sums of weights that make 1 can be a little less
 
 
 class LuffyTrainer(HubTrainer):
@@ -251,7 +252,7 @@ class LuffyTrainer(HubTrainer):
             logger.warning(f"demonstration_source='replay' does not use the column {unused[0]!r} of `train_dataset`.")
         self.train_dataset = dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
         capacity = math.ceil(self.args.replay_capacity / self.accelerator.num_processes)
-        buffer = ReplayBuffer(capacity, self.args.replay_start, self.num_generations)
+        buffer = ReplayBuffer(capacity, self.args.replay_start, self.num_generations, self.max_completion_length)
         return ReplaySource(self.train_dataset, buffer, self.args.replay_ratio)
 
     def _encoder(self) -> DemonstrationEncoder:
@@ -335,17 +336,20 @@ class LuffyTrainer(HubTrainer):
         all_is_demonstration = self.accelerator.gather(is_demonstration)  # (rows of all processes,)
         rewards = self._total_rewards()  # (rows of all processes,)
         if self.num_demonstrations > 0:
+            mask = output["completion_mask"].bool()  # (B, T)
+            given = torch.tensor([len(d.token_ids) if d else 0 for d in self._placed], device=mask.device)  # (B,)
             counts = is_demonstration & self._gate_is_open(rewards, all_is_demonstration)  # (B,)
-            in_baseline = (
-                ~is_demonstration if self.args.advantage_baseline == "on_policy" else ~is_demonstration | counts
-            )
-            if self.args.advantage_baseline == "on_policy" or self.args.success_gate is not None:
-                output["advantages"] = self._rebased(output["advantages"], in_baseline, rewards)
             output["demonstration_weight"] = counts.float() * demonstration_weight(
                 self.args.demonstration_weight_schedule, self._progress()
             )
-            mask = output["completion_mask"].bool()  # (B, T)
-            given = torch.tensor([len(d.token_ids) if d else 0 for d in self._placed], device=mask.device)  # (B,)
+            on_policy_baseline = self.args.advantage_baseline == "on_policy"
+            if on_policy_baseline or self.args.success_gate is not None:
+                in_baseline = ~is_demonstration if on_policy_baseline else ~is_demonstration | counts
+                # The loss looks at the reward of a demonstration, or of what the policy made of its beginning
+                graded = (given < mask.sum(1)) | (self.args.demonstration_loss != "sft")
+                output["advantages"] = self._rebased(
+                    output["advantages"], in_baseline, ~is_demonstration | (counts & graded), rewards
+                )
             output["off_policy_mask"] = mask & (torch.arange(mask.size(1), device=mask.device) < given.unsqueeze(1))
             if self._has_behavior_logps:
                 output["behavior_logps"] = self._behavior_logps(mask)
@@ -465,16 +469,36 @@ class LuffyTrainer(HubTrainer):
         rewards = (self._rewards_per_func * self.reward_weights.to(self._rewards_per_func.device)).nansum(dim=1)
         return rewards.masked_fill(self._rewards_per_func.isnan().all(dim=1), torch.nan)
 
-    def _rebased(self, advantages: torch.Tensor, in_baseline: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-        """Advantages `(B,)` with the mean of the rows `in_baseline` `(B,)` as the baseline, on TRL's scale."""
+    def _rebased(
+        self, advantages: torch.Tensor, in_baseline: torch.Tensor, has_advantage: torch.Tensor, rewards: torch.Tensor
+    ) -> torch.Tensor:
+        """TRL's advantages `(B,)` from another baseline and, where it scales them, on another scale.
+
+        Args:
+            in_baseline: (B,), the rows whose mean reward is the baseline.
+            has_advantage: (B,), the rows whose rewards make the scale. The others have no advantage.
+            rewards: (rows of all processes,).
+        """
         scorable = ~self._own(rewards).isnan()  # (B,)
         advantages = advantages.view(-1, self.num_generations)
         counted = (scorable & in_baseline).view_as(advantages)
         # An advantage is (reward - mean) / scale, so taking these rows' mean of it out moves the baseline to them
         baseline = (advantages * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
-        advantages = (advantages - baseline).flatten() * scorable
+        advantages = (advantages - baseline).flatten() * self._rescaling(has_advantage, rewards)
+        advantages = advantages * (scorable & has_advantage)
         self._logs["advantages"].extend(self.accelerator.gather(advantages).tolist())  # pushes TRL's out of the table
         return advantages
+
+    def _rescaling(self, has_advantage: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor | float:
+        """What to multiply advantages `(B,)` by, for TRL's scale to be that of the rows `(B,)` that have one."""
+        if self.scale_rewards == "none" or self.multi_objective_aggregation != "sum_then_normalize":
+            return 1.0
+        grouped = rewards.view(-1, self.num_generations)
+        kept = grouped.masked_fill(~self.accelerator.gather(has_advantage).view_as(grouped), torch.nan)
+        dim = 1 if self.scale_rewards == "group" else (0, 1)
+        before, after = (nanstd(values, dim=dim, keepdim=True) + 1e-4 for values in (grouped, kept))  # 1e-4 is TRL's
+        # NaN: of a single row, which is its own baseline
+        return self._own((before / after).nan_to_num(1.0).expand_as(grouped).flatten())
 
     def _behavior_logps(self, mask: torch.Tensor) -> torch.Tensor:
         """Log-probs of the behavior policy, `(B, T)`: 0, certainty, wherever the data does not say."""
@@ -511,10 +535,10 @@ class LuffyTrainer(HubTrainer):
             current = self.current_gradient_accumulation_steps
             left = current - self._micro_batches_taken % current
             for step in optimizer_steps(per_generation, left, per_step):
-                rows = [batches[i] for i in step]
-                if self.args.skip_zero_advantages:
+                rows = order_by_length([batches[i] for i in step])
+                if self.args.skip_zero_advantages:  # after the order: its advantages are those of a micro-batch's size
                     rows = drop_zero_advantages(rows, rows_count=self.loss_type not in ("dapo", "cispo", "vespo"))
-                arranged += order_by_length(rows)
+                arranged += rows
         else:  # later iterations cut the same micro-batches into other steps
             arranged = batches
         return [trim(batch, self.pad_to_multiple_of) for batch in arranged]
@@ -645,6 +669,8 @@ class LuffyTrainer(HubTrainer):
         sampled = inputs.get("old_per_token_logps", logps)
         for i in (inputs["remembered_row"] >= 0).nonzero().flatten().tolist():
             mask = inputs["completion_mask"][i].bool()  # (T,)
+            if not mask.any():  # mask_truncated_completions: nothing of it is trained, now or later
+                continue
             source.remember(
                 int(inputs["remembered_row"][i]),
                 inputs["completion_ids"][i][mask].cpu().numpy(),
@@ -750,6 +776,8 @@ class LuffyTrainer(HubTrainer):
     def _log_tokens(self, logps: torch.Tensor, entropies: torch.Tensor, inputs: dict[str, Any]) -> None:
         """What the policy makes of the micro-batch's tokens; `logps` and `entropies` are (B, T)."""
         mask = inputs["completion_mask"].bool()  # (B, T)
+        if "tool_mask" in inputs:  # what tools have answered is nobody's policy
+            mask = mask & inputs["tool_mask"].bool()
         off_policy = inputs.get("off_policy_mask", torch.zeros_like(mask))
         on_policy = mask & ~off_policy
         probs = logps.exp()
