@@ -61,6 +61,14 @@ def test_a_turn_that_ends_where_generation_does_not_stop(chat_tokenizer):
     )
 
 
+def test_a_window_that_is_too_short_is_said(make_trainer, caplog):
+    with caplog.at_level(logging.WARNING):
+        make_trainer(max_completion_length=127)
+        assert "window" not in caplog.text
+        make_trainer(max_completion_length=128)
+    assert "max_completion_length=128 and a prompt are more than the 128 tokens of the model's window" in caplog.text
+
+
 def test_the_trainer_says_so(make_trainer, walks, caplog):
     with caplog.at_level(logging.WARNING):
         make_trainer(walks.map(lambda row: {"prompt": row["prompt"] + "<think>\n"}))

@@ -24,6 +24,7 @@ from luffy_trl.hub_queue import PushQueue, Record, what_is_missing
 from luffy_trl.model_card import card_for_hub, prompting
 from luffy_trl.recipe import shown_command
 from luffy_trl.redact import holds_secret, known_secrets, redact, redact_values
+from luffy_trl.sft import LuffySFTConfig
 from luffy_trl.training import LuffyScriptArguments
 
 from .hub_server import PUSH_ENDPOINTS, TOKEN, HubServer
@@ -439,6 +440,13 @@ def test_secrets_are_masked_wherever_they_stand(monkeypatch, tmp_path):
     assert shown_command(
         ["train.py", "--hub_token", "secret1", "--hub-token=secret2", "--output_dir", "/home/me/out", TOKEN], secrets
     ) == "train.py --hub_token '***' '--hub-token=***' --output_dir out '***'"  # fmt: skip
+    assert shown_command(
+        ["train.py", "--output_dir=/home/me/out", "--model_init_kwargs", '{"token": "abcdefgh", "revision": "main"}',
+         "--vllm_server_base_url", "http://me:password@host:8000", "--model_init_kwargs={broken", "/no_think"], secrets
+    ) == (
+        "train.py --output_dir=out --model_init_kwargs '{\"token\": \"***\", \"revision\": \"main\"}' "
+        "--vllm_server_base_url 'http://***@host:8000' '--model_init_kwargs=***' /no_think"
+    )  # fmt: skip
     nested = {"model_init_kwargs": {"token": "x", "revision": "main"}, "list": [TOKEN]}
     assert redact_values(nested) == {"model_init_kwargs": {"token": "***", "revision": "main"}, "list": ["***"]}
     (tmp_path / "file").write_bytes(b"x" * ((1 << 20) - 5) + b"given-by-hand")  # across two blocks
@@ -446,8 +454,9 @@ def test_secrets_are_masked_wherever_they_stand(monkeypatch, tmp_path):
     assert not holds_secret(tmp_path / "file", {"another one"})
 
 
-def test_a_pickled_config_holds_no_token(config):
-    args = config(hub_token=TOKEN)
+@pytest.mark.parametrize("config_class", [LuffyConfig, LuffySFTConfig])
+def test_a_pickled_config_holds_no_token(config_class, tmp_path):
+    args = config_class(str(tmp_path), hub_token=TOKEN, use_cpu=True, bf16=False)
     assert TOKEN.encode() not in pickle.dumps(args)
     assert args.hub_token == TOKEN  # the caller's object keeps it
 

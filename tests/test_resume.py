@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,8 +16,10 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
+import luffy_trl.training
+from luffy_trl import LuffyTrainer
 from luffy_trl.checkpoints import UNFINISHED, checkpoints, damage, find_checkpoint, newest_complete
 from luffy_trl.cli import main
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
@@ -196,6 +199,28 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(arguments, tmp_path
     assert checkpoints(out)[0] == stopped
 
 
+def test_a_signal_after_the_last_step_costs_nothing(arguments, tmp_path, monkeypatch, capsys):
+    class SignalAtTheEnd(TrainerCallback):
+        def on_train_end(self, *args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(luffy_trl.training, "StartSummary", lambda trainer, name: SignalAtTheEnd())
+    main(["train", *arguments(max_steps=2, save_strategy="no")])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert "Stopped" not in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_model_is_saved_is_no_ctrl_c_before_the_training(arguments, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LuffyTrainer, "create_model_card", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *arguments(max_steps=1, save_strategy="no")])
+    assert stop.value.code == 130
+    assert "Interrupted after the training, while the model was saved or pushed." in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_stop_together_and_one_that_dies_ends_the_other(arguments, tmp_path):
     out = tmp_path / "out"
@@ -219,6 +244,26 @@ def test_two_processes_stop_together_and_one_that_dies_ends_the_other(arguments,
     assert process.returncode != 0
     assert f"Resuming from {stopped}" in output
     assert "Signal 9 (SIGKILL)" in output
+
+
+@pytest.mark.slow
+def test_without_a_launcher_both_processes_report_that_they_were_stopped(arguments, tmp_path):
+    """As Slurm starts them: their places come by environment variables."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    flags = arguments(max_steps=1000, per_device_train_batch_size=4)
+    processes = [
+        start(flags, env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
+    ]
+    wait_until((tmp_path / "out" / "checkpoint-2").is_dir, processes[0], seconds=300)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], outputs
+    [stopped, *_] = checkpoints(tmp_path / "out")
+    assert damage(stopped) is None
+    assert all(f"Stopped on SIGTERM, saved {stopped.name}." in output for output in outputs)
 
 
 @pytest.mark.slow
@@ -316,6 +361,15 @@ def test_what_a_reward_function_raises_names_it(make_trainer):
     with pytest.raises(ZeroDivisionError) as error:
         make_trainer(reward=divides).train()
     assert error.value.__notes__ == ["Raised by the reward function 'divides'."]
+
+
+def test_a_reward_function_may_be_a_generator(make_trainer):
+    def lengths(completions, **kwargs):
+        yield from (float(len(text)) for text in completions)
+
+    trainer = make_trainer(reward=lengths, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["on_policy/reward"] > 0
 
 
 def test_none_still_means_that_a_reward_does_not_apply(make_trainer):

@@ -10,7 +10,16 @@ from transformers.utils import logging as transformers_logging
 
 from luffy_trl.cli import main
 from luffy_trl.quiet import quiet_libraries
-from luffy_trl.summary import StartSummary, batch_arithmetic, count_parameters, memory, off_policy
+from luffy_trl.summary import (
+    Parameters,
+    StartSummary,
+    batch_arithmetic,
+    count_parameters,
+    memory,
+    off_policy,
+    start_summary,
+    state_bytes,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +84,22 @@ def test_what_is_off_policy(fields, expected, config):
     assert off_policy(config(**fields), has_behavior_logps=False) == expected
 
 
+def test_a_stream_has_no_number_of_epochs(make_trainer, walks):
+    trainer = make_trainer(walks.to_iterable_dataset(), max_steps=3)
+    trainer.state.max_steps = 3
+    [run] = [line for line in start_summary(trainer, "walks").splitlines() if line.startswith("run ")]
+    assert run.split() == ["run", "3", "optimizer", "steps"]
+
+
+def test_a_function_may_bring_log_probs_or_not(config):
+    args = config(demonstration_source="tests.test_summary.none_of")
+    assert "behavior probability 1 unless the function gives log-probs" in off_policy(args, has_behavior_logps=True)
+
+
+def none_of(row: dict) -> list:
+    return []
+
+
 def test_dropped_demonstrations_are_said(make_trainer, capsys):
     trainer = make_trainer(max_completion_length=8, demonstration_overflow="truncate", max_steps=1)
     trainer.add_callback(StartSummary(trainer, "walks"))
@@ -88,20 +113,31 @@ def test_dropped_demonstrations_are_said(make_trainer, capsys):
 def test_parameters_are_counted_where_they_are_frozen_packed_or_elsewhere():
     model = nn.Linear(10, 5)  # 50 + 5
     model.bias.requires_grad = False
-    assert count_parameters(model) == (55, 50, 20)
+    assert count_parameters(model) == Parameters(55, 50, trained_bytes=200, frozen_bytes=20)
     model.weight.data = torch.empty(0)
     model.weight.ds_numel = 50  # as ZeRO-3 leaves it
-    assert count_parameters(model) == (55, 50, 20)
+    assert count_parameters(model) == Parameters(55, 50, trained_bytes=200, frozen_bytes=20)
     Params4bit = type("Params4bit", (nn.Parameter,), {})  # noqa: N806 - bitsandbytes' name
     model.weight = Params4bit(torch.zeros(25, 1, dtype=torch.uint8), requires_grad=False)
-    assert count_parameters(model) == (55, 0, 45)
+    assert count_parameters(model) == Parameters(55, 0, trained_bytes=0, frozen_bytes=45)
+
+
+def test_what_the_processes_share_by_stage():
+    """A trained parameter in float32 is 4 + 4 + 8 bytes, in DeepSpeed's bf16 2 + 2 + 12."""
+    parameters = Parameters(total=2000, trained=1000, trained_bytes=4000, frozen_bytes=800)
+    each = [state_bytes(parameters, 8, stage, mixed=False) for stage in range(4)]
+    assert each == [16800, 4000 + 4000 + 1000 + 800, 4000 + 500 + 1000 + 800, 16800 / 8]
+    assert state_bytes(parameters, 8, 2, mixed=True) == 2000 + 800 + 250 + 1500
+    half = Parameters(1000, 1000, trained_bytes=2000, frozen_bytes=0)
+    assert state_bytes(half, 1, 0, mixed=False) == 8000
 
 
 def test_memory_follows_the_formulas(make_trainer):
-    trainer = make_trainer(gradient_checkpointing=True)
+    trainer = make_trainer(gradient_checkpointing=True, beta=0.1)
     size = sum(p.numel() for p in trainer.model.parameters())
     rows = 8 * 2 * 16 * 32 * 4  # rows, layers, tokens, hidden, bytes
-    expected = f"{size * 16 / 1e6:.2g} MB weights, gradients, optimizer + {rows / 1e6:.2g} MB activations"
+    expected = f"{size * 16 / 1e6:.2g} MB weights, gradients, optimizer + {size * 4 / 1e6:.2g} MB "
+    expected += f"reference model + {rows / 1e6:.2g} MB activations"
     assert memory(trainer) == f"computed, a process: {expected} without the prompts'"
 
 

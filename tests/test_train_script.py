@@ -313,6 +313,12 @@ def test_sft_takes_every_demonstration_once():
     ]  # fmt: skip
     rows = Dataset.from_dict({"prompt": ["a", "b"], "completion": [None, "1"]})
     assert to_prompt_completion(rows).to_list() == [{"prompt": "b", "completion": "1"}]
+    # texts and messages mixed, which `train` takes: in the prompt's form
+    message = [{"role": "assistant", "content": "1"}]
+    rows = Dataset.from_list([{"prompt": "a", "completion": message}])
+    assert to_prompt_completion(rows).to_list() == [{"prompt": "a", "completion": "1"}]
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}], "completion": "1"}])
+    assert to_prompt_completion(rows)[0]["completion"] == message
     with pytest.raises(ValueError, match="A demonstration is empty"):
         to_prompt_completion(Dataset.from_dict({"prompt": ["a"], "completion": [" "]}))
 
@@ -322,12 +328,27 @@ def test_sft_then_rl(tiny_model_dir, tmp_path, capsys):
     to_dataset(split_walks(train_size=16, test_size=1, length=4)["train"]).to_json(str(data))
     common = ["--dataset_name", str(data), "--report_to", "none", "--max_steps", "2", "--save_strategy", "no", *CPU]
     sft = ["sft", "--model_name_or_path", str(tiny_model_dir), "--output_dir", str(tmp_path / "sft"), *common]
-    main([*sft, "--per_device_train_batch_size", "8"])
+    sft += ["--per_device_train_batch_size", "8", "--logging_steps", "1"]
+    main(sft)
     assert "SFT on 16 demonstrations of 16 prompts" in capsys.readouterr().out
+    main(["report", str(tmp_path / "sft"), "--output_dir", str(tmp_path / "report")])
+    assert "2 panels, 0 completions" in capsys.readouterr().out
     rl = ["train", "--model_name_or_path", str(tmp_path / "sft"), "--output_dir", str(tmp_path / "rl"), *common]
     sizes = ["--num_generations", "4", "--per_device_train_batch_size", "8", "--max_completion_length", "8"]
     main([*rl, *sizes, "--num_demonstrations", "0", "--reward_funcs", "letter_walk_reward"])
     assert (tmp_path / "rl" / "model.safetensors").is_file()
+
+
+def test_sft_resumes_from_the_newest_checkpoint_that_is_whole(tiny_model_dir, tmp_path, capsys):
+    sft = ["sft", "--model_name_or_path", str(tiny_model_dir), "--dataset_name", "letter_walk", "--save_steps", "1"]
+    sft += ["--output_dir", str(tmp_path), "--report_to", "none", *CPU, "--resume_from_checkpoint", "auto"]
+    main([*sft, "--max_steps", "2"])
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()  # the last that is written
+    capsys.readouterr()
+    main([*sft, "--max_steps", "3"])
+    assert f"Resuming from {tmp_path / 'checkpoint-1'}" in capsys.readouterr().out
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
 
 
 @pytest.mark.parametrize(
@@ -355,6 +376,26 @@ def test_data_that_cannot_be_used_is_one_line(tiny_model_dir, tmp_path, capsys):
     assert stop.value.code == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert line.startswith("luffy-trl train: error: None of the 1 prompts has a usable demonstration")
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_name_or_path", "no/no", "--dataset_name", "letter_walk"], "--model_name_or_path no/no cannot be"),
+        (["--dataset_name", "nobody/nothing", "--model_name_or_path", "MODEL"], "nobody/nothing"),
+        (["--attn_implementation", "flash_attention_2"], "flash_attention_2 needs the package flash-attn and a GPU"),
+    ],
+)
+def test_what_cannot_be_had_is_said_without_a_traceback(command, flags, message, tiny_model_dir, tmp_path, capsys):
+    flags = [str(tiny_model_dir) if flag == "MODEL" else flag for flag in flags]
+    reward = ["--reward_funcs", "letter_walk_reward"] if command == "train" else []
+    with pytest.raises(SystemExit) as stop:
+        main([command, *flags, *reward, *CPU, "--report_to", "none", "--output_dir", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert f"luffy-trl {command}: error: " in err
+    assert message in err
 
 
 # The paper's recipes

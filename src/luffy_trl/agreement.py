@@ -1,4 +1,4 @@
-"""Whether prompts, demonstrations and generation agree about thoughts and about where an answer ends.
+"""Whether prompts, demonstrations, generation and model agree about thoughts, lengths, and where an answer ends.
 
 A policy that starts inside a thought which no demonstration closes, or a turn that ends with a token at which
 generation does not stop, is no error for a trainer. It is a run without reward.
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from .demonstrations import demonstration_text, rendered_prompt, without_repeated_opening
 
@@ -75,6 +75,17 @@ def disagreements(
     if conversation is not None:
         messages += _end_of_turn(processing_class, eos_token_ids, conversation, kwargs)
     return messages
+
+
+def beyond_window(config: PretrainedConfig, max_completion_length: int | None) -> list[str]:
+    """The same, of a model that was made for shorter texts than it is to write."""
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if window is None or max_completion_length is None or max_completion_length < window:
+        return []
+    return [
+        f"max_completion_length={max_completion_length} and a prompt are more than the {window} tokens of the model's "
+        "window. Lower it, or extend the window: luffy-trl prepare-model --max_position_embeddings."
+    ]
 
 
 def _completions(row: dict[str, Any]) -> list[Any]:

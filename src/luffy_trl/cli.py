@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 from .quiet import quiet_libraries, quiet_progress_bars
 
@@ -76,7 +76,7 @@ def _start(
     argv: Sequence[str] | None, prog: str, summary: str, config_class: type, check: Callable, run: Callable
 ) -> None:
     """Parse TRL-style arguments, `--config FILE.yaml` and a flag for every field, and run the training."""
-    from .stopping import RunStopped, exit_stopped
+    from .stopping import STOPPED_STATUS, RunStopped
     from .training import UsageError
 
     quiet_progress_bars()
@@ -88,25 +88,30 @@ def _start(
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except RunStopped as stopped:
-        exit_stopped(stopped)
-    except KeyboardInterrupt:
-        print("\nInterrupted before the training began.", file=sys.stderr)
+        print(f"\n{stopped} The same command with --resume_from_checkpoint auto goes on from there.", file=sys.stderr)
+        _end(STOPPED_STATUS)
+    except KeyboardInterrupt as interrupt:
+        print(f"\nInterrupted {interrupt or 'before the training began'}.", file=sys.stderr)
         sys.exit(INTERRUPTED_STATUS)
     trainer.accelerator.end_training()
-    if trainer.accelerator.num_processes > 1:
-        _leave()
+    _end(0)
 
 
-def _leave() -> NoReturn:
-    """End this process of several once all is done, without taking the interpreter apart.
+def _end(status: int) -> None:
+    """End this process with the status; one of several without taking the interpreter apart.
 
     Threads of gloo now and then abort an interpreter that shuts down. The launcher would take that for a failed run,
     and kill the main process, which may be in the middle of its last upload.
     """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    from accelerate import PartialState
+
+    if PartialState().num_processes > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status != 0:
+        sys.exit(status)
 
 
 def _parse(argv: list[str], prog: str, summary: str, config_class: type, check: Callable) -> tuple[Any, Any, Any, str]:

@@ -9,6 +9,7 @@ from trl import GRPOConfig
 from .demonstrations import OVERFLOWS
 from .objective import LOSS_TYPES
 from .recipe import given_fields
+from .redact import NoTokenInPickles
 from .schedules import PREFIX_STRATEGIES, WEIGHT_SCHEDULES
 from .shaping import get_shaping, register_shaping
 from .sources import SOURCES, get_source_function, register_source
@@ -19,7 +20,7 @@ DEMONSTRATION_LOSSES = ("importance_sampling", "sft")
 
 
 @dataclass
-class LuffyConfig(GRPOConfig):
+class LuffyConfig(NoTokenInPickles, GRPOConfig):
     """
     Configuration of [`LuffyTrainer`]: every field of [`~trl.GRPOConfig`], and the ones below.
 
@@ -94,9 +95,9 @@ class LuffyConfig(GRPOConfig):
     success_gate: float | None = field(
         default=None,
         metadata={
-            "help": "Demonstrations count only in groups in which at most this share of the rollouts is solved, from "
-            "0 (none) to 1: elsewhere they enter neither the loss nor the baseline. Default None: in all groups, the "
-            "paper's."
+            "help": "Demonstrations count only in groups in which at most this share of the rollouts is solved (a "
+            "total reward of at least 1), from 0 (none) to 1: elsewhere they enter neither the loss nor the "
+            "baseline. Default None: in all groups, the paper's."
         },
     )
     prefix_strategy: str = field(
@@ -108,7 +109,11 @@ class LuffyConfig(GRPOConfig):
         },
     )
     prefix_min: float = field(
-        default=0.0, metadata={"help": "Least share of a demonstration's tokens that is given, 0 to 1. Default 0."}
+        default=0.0,
+        metadata={
+            "help": "Least share of a demonstration's tokens that is given, 0 to 1; prefix_strategy='fixed' does not "
+            "look at it. Default 0."
+        },
     )
     prefix_max: float = field(
         default=1.0,
@@ -170,8 +175,9 @@ class LuffyConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Order rows by length within each optimizer step and cut every micro-batch to its own longest "
-            "row, where TRL pads all to the longest of a generation. Does not change a step's loss (except 'bnpo' "
-            "and an entropy bonus, which are means over a micro-batch). Default: on with demonstrations, off "
+            "row, where TRL pads all to the longest of a generation. Does not change a step's loss (except what is "
+            "computed a micro-batch: 'bnpo', an entropy bonus, top_entropy_quantile < 1, a mixture of experts' "
+            "auxiliary loss). Default: on with demonstrations, off "
             "without, so that num_demonstrations=0 is GRPO bit for bit."
         },
     )
@@ -281,10 +287,6 @@ class LuffyConfig(GRPOConfig):
             self.trim_padding = self.num_demonstrations > 0
         if self.skip_zero_advantages:
             self._check_zero_advantages_can_be_skipped()
-
-    def __getstate__(self):
-        """For pickles, such as the training_args.bin of each checkpoint: the token stays out."""
-        return {**self.__dict__, "hub_token": None}
 
     def _check_zero_advantages_can_be_skipped(self):
         uses = {

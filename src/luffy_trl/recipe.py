@@ -44,12 +44,18 @@ def as_yaml(fields: Mapping[str, Any], secrets: set[str]) -> str:
 
 def shown_command(argv: Sequence[str], secrets: set[str]) -> str:
     """A command line as it can be shown to everyone."""
-    return shlex.join(without_directory(argument) for argument in redact_command(argv, secrets))
+    return shlex.join(_without_directory_in_flag(argument) for argument in redact_command(argv, secrets))
 
 
 def without_directory(text: str) -> str:
-    """An absolute path's last name; any other text as it is."""
-    return Path(text).name if os.path.isabs(os.path.expanduser(text)) else text
+    """An absolute path's last name; any other text, such as the word `/no_think`, as it is."""
+    path = Path(os.path.expanduser(text))
+    return path.name if path.is_absolute() and len(path.parts) > 2 else text
+
+
+def _without_directory_in_flag(argument: str) -> str:
+    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{flag}{equals}{without_directory(value)}"
 
 
 def _plain(value: Any) -> Any:

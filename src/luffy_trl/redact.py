@@ -1,5 +1,6 @@
 """Secrets stay out of what is shown, written and pushed."""
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,9 @@ from huggingface_hub import get_token
 
 
 MASK = "***"
+
+# Of an address: https://user:password@host
+USER_AND_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 # Tokens of the Hub, whoever they belong to
 HUB_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}\b")
@@ -28,10 +32,10 @@ def known_secrets(*given: str | None) -> set[str]:
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """The text with the secrets, and everything that looks like a token of the Hub, masked."""
+    """The text with the secrets, what looks like a token of the Hub, and names in addresses masked."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, MASK)
-    return HUB_TOKEN.sub(MASK, text)
+    return USER_AND_PASSWORD.sub(MASK, HUB_TOKEN.sub(MASK, text))
 
 
 def redact_values(value: Any, secrets: Iterable[str] = ()) -> Any:
@@ -56,8 +60,26 @@ def redact_command(argv: Sequence[str], secrets: Iterable[str] = ()) -> list[str
         elif equals and _is_secret_flag(flag):
             shown.append(f"{flag}={MASK}")
         else:
-            shown.append(redact(argument, secrets))
+            shown.append(_redact_argument(argument, secrets))
     return shown
+
+
+def _redact_argument(argument: str, secrets: Iterable[str]) -> str:
+    """Of JSON, as fields that are mappings are given, the values with a secret's name too."""
+    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    if value.startswith("{"):
+        try:
+            value = json.dumps(redact_values(json.loads(value), secrets))
+        except ValueError:
+            return f"{flag}{equals}{MASK}"
+    return f"{flag}{equals}{redact(value, secrets)}"
+
+
+class NoTokenInPickles:
+    """For a config: its pickles, such as the training_args.bin of each checkpoint, leave the Hub's token out."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "hub_token": None}
 
 
 def holds_secret(path: Path, secrets: Iterable[str]) -> bool:

@@ -4,12 +4,16 @@ SFT, then RL."""
 from dataclasses import dataclass, field
 
 from datasets import Dataset
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
+from .checkpoints import NEWEST, checkpoints, find_checkpoint
 from .demonstrations import demonstration_text
+from .redact import NoTokenInPickles
 from .training import (
     EMBEDDED_TASK,
     LuffyScriptArguments,
+    after_training,
     before_training,
     check_dataset_arguments,
     check_output_dir,
@@ -21,7 +25,7 @@ from .training import (
 
 
 @dataclass
-class LuffySFTConfig(SFTConfig):
+class LuffySFTConfig(NoTokenInPickles, SFTConfig):
     """SFTConfig that cuts nothing unless it is told to."""
 
     max_length: int | None = field(
@@ -51,11 +55,31 @@ def to_prompt_completion(dataset: Dataset) -> Dataset:
             for completion in completions or []
             if completion is not None
         ]
-        for _, completion in pairs:
-            demonstration_text(completion, "A demonstration")  # says what is wrong with one that is none
-        return {"prompt": [prompt for prompt, _ in pairs], "completion": [completion for _, completion in pairs]}
+        # One form for both, which is all that SFTTrainer takes. Says what is wrong with a demonstration that is none
+        texts = [demonstration_text(completion, "A demonstration") for _, completion in pairs]
+        completions = [
+            completion if isinstance(prompt, list) is isinstance(completion, list) else as_in(prompt, text)
+            for (prompt, completion), text in zip(pairs, texts, strict=True)
+        ]
+        return {"prompt": [prompt for prompt, _ in pairs], "completion": completions}
 
     return dataset.map(explode, batched=True, remove_columns=dataset.column_names, desc="One row a demonstration")
+
+
+def as_in(prompt: str | list, text: str) -> str | list:
+    """The text in the prompt's form."""
+    return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+
+
+def resume_point(name: str | bool | None, output_dir: str) -> str | None:
+    """As [`find_checkpoint`], of checkpoints without a manifest: SFTTrainer writes the trainer state last.
+
+    Raises:
+        ValueError: if there is no such checkpoint.
+    """
+    if name not in NEWEST:
+        return find_checkpoint(name, output_dir)
+    return next((str(path) for path in checkpoints(output_dir) if (path / TRAINER_STATE_NAME).is_file()), None)
 
 
 def run_sft(
@@ -87,13 +111,18 @@ def run_sft(
                 f"--dataset_name {dataset_name} needs one of the columns `completion` and `demonstrations`, and has "
                 f"{', '.join(dataset.column_names)}."
             )
+        checkpoint = resume_point(training_args.resume_from_checkpoint, training_args.output_dir)
         rows = to_prompt_completion(dataset)
         if len(rows) == 0:
             raise ValueError(f"--dataset_name {dataset_name}: none of its {len(dataset)} rows has a demonstration.")
 
         trainer = SFTTrainer(args=training_args, train_dataset=rows, **model_options(model_args, training_args))
     trainer.accelerator.print(f"SFT on {len(rows)} demonstrations of {len(dataset)} prompts")
-    train_until_stopped(trainer)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Saved the model and its tokenizer to {training_args.output_dir}")
+    if checkpoint is not None:
+        trainer.accelerator.print(f"Resuming from {checkpoint}")
+    train_until_stopped(trainer, checkpoint)
+    with after_training():
+        trainer.save_model(training_args.output_dir)
+        trainer.save_state()  # for `luffy-trl report`
+        trainer.accelerator.print(f"Saved the model and its tokenizer to {training_args.output_dir}")
     return trainer

@@ -2,11 +2,10 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -39,6 +38,7 @@ class StopAtStep(TrainerCallback):
 
     def __init__(self):
         self.received: signal.Signals | None = None
+        self.stopped = False  # before its last step. A signal that comes later changes nothing any more
         self._received_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
@@ -66,10 +66,6 @@ class StopAtStep(TrainerCallback):
             received = gather_object(received)
         if any(received):
             self.received = next(filter(None, received))
-            control.should_save = True
+            self.stopped = state.global_step < state.max_steps
+            control.should_save = control.should_save or self.stopped
             control.should_training_stop = True
-
-
-def exit_stopped(error: RunStopped) -> NoReturn:
-    print(f"\n{error} The same command with --resume_from_checkpoint auto goes on from there.", file=sys.stderr)
-    sys.exit(STOPPED_STATUS)

@@ -1,6 +1,7 @@
 """What a run is going to do, said before its first step, and what it did, said at its end."""
 
 import shlex
+from dataclasses import dataclass
 from datetime import timedelta
 
 from accelerate.utils import DistributedType
@@ -10,12 +11,21 @@ from transformers import TrainerCallback
 
 from .config import LuffyConfig
 from .demonstrations import DROPPED_COLUMN, TRUNCATED_COLUMN, USABLE_COLUMN
+from .sources import SOURCES
 from .trainer import LuffyTrainer
 
 
-# Bytes of a trained parameter with AdamW, weight, gradient and optimizer states together, and of one that vLLM holds
-# (docs/scaling.md)
-TRAINED_BYTES, VLLM_BYTES = 16, 2
+VLLM_BYTES = 2  # of a parameter
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters, and bytes of their weights."""
+
+    total: int
+    trained: int
+    trained_bytes: int
+    frozen_bytes: int
 
 
 class StartSummary(TrainerCallback):
@@ -37,7 +47,7 @@ def start_summary(trainer: LuffyTrainer, dataset_name: str) -> str:
         "data": _data(trainer, dataset_name),
         "group": _group(args),
         "step": batch_arithmetic(args, trainer.accelerator.num_processes),
-        "run": f"{_count(state.max_steps, 'optimizer step')}, at most {_count(state.num_train_epochs, 'epoch')}",
+        "run": _count(state.max_steps, "optimizer step") + _epochs(trainer),
         "off-policy": off_policy(args, trainer._has_behavior_logps) if args.num_demonstrations else "nothing (GRPO)",
         "memory": memory(trainer),
         "output": args.output_dir,
@@ -65,9 +75,9 @@ def finish(trainer: LuffyTrainer) -> None:
     trainer.accelerator.print(end_summary(trainer))
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int, int]:
-    """(all, trained, bytes of the frozen ones), of partitioned and 4-bit weights too."""
-    total = trained = frozen_bytes = 0
+def count_parameters(model: nn.Module) -> Parameters:
+    """Of partitioned and 4-bit weights too."""
+    total = trained = trained_bytes = frozen_bytes = 0
     for parameter in model.parameters():
         # ZeRO-3 leaves an empty tensor, and the number of elements in this attribute
         stored = parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
@@ -76,9 +86,23 @@ def count_parameters(model: nn.Module) -> tuple[int, int, int]:
         total += count
         if parameter.requires_grad:
             trained += count
+            trained_bytes += stored * parameter.element_size()
         else:
             frozen_bytes += stored * parameter.element_size()
-    return total, trained, frozen_bytes
+    return Parameters(total, trained, trained_bytes, frozen_bytes)
+
+
+def state_bytes(parameters: Parameters, processes: int, stage: int, mixed: bool) -> float:
+    """Weights, gradients and AdamW's states that one process holds (docs/scaling.md).
+
+    Args:
+        stage: ZeRO's: 1 divides the optimizer's states, 2 the gradients too, 3, as FSDP, the weights too.
+        mixed: DeepSpeed's bf16, whose optimizer keeps float32 weights; else all are of the weights' own type.
+    """
+    size, count = parameters.trained_bytes, parameters.trained
+    weights, gradients, states = (2 * count, 2 * count, 12 * count) if mixed else (size, size, 2 * size)
+    parts = ((weights + parameters.frozen_bytes, 3), (gradients, 2), (states, 1))
+    return sum(part / (processes if stage >= divided_at else 1) for part, divided_at in parts)
 
 
 def batch_arithmetic(args: LuffyConfig, processes: int) -> str:
@@ -104,6 +128,8 @@ def off_policy(args: LuffyConfig, has_behavior_logps: bool) -> str:
     else:
         constant = {"regularized": f", gamma {args.shaping_gamma:g}", "power": f", exponent {args.shaping_exponent:g}"}
         behavior = "from the data's log-probs" if has_behavior_logps else "1"
+        if args.demonstration_source not in SOURCES:
+            behavior = "1 unless the function gives log-probs"
         parts = [f"loss -A f(r), f {args.shaping}{constant.get(args.shaping, '')}, behavior probability {behavior}"]
     if args.demonstration_source != "dataset":
         parts.append(f"from {args.demonstration_source}")
@@ -120,22 +146,34 @@ def off_policy(args: LuffyConfig, has_behavior_logps: bool) -> str:
 def memory(trainer: LuffyTrainer) -> str:
     """Of one process, by the formulas of docs/scaling.md, not measured."""
     args, processes = trainer.args, trainer.accelerator.num_processes
-    total, trained, frozen_bytes = count_parameters(trainer.model)
-    states = (trained * TRAINED_BYTES + frozen_bytes) / (processes if _is_sharded(trainer) else 1)
-    parts = [f"{_gb(states)} weights, gradients, optimizer"]
+    parameters, stage = count_parameters(trainer.model), _zero_stage(trainer)
+    mixed = args.bf16 and trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+    parts = [f"{_gb(state_bytes(parameters, processes, stage, mixed))} weights, gradients, optimizer"]
+    if trainer.ref_model is not None:
+        reference = count_parameters(trainer.ref_model)
+        size = (reference.trained_bytes + reference.frozen_bytes) / (processes if stage == 3 else 1)
+        parts.append(f"{_gb(size)} reference model")
     if args.gradient_checkpointing:
         config = trainer.model.config.get_text_config()
         row = config.num_hidden_layers * args.max_completion_length * config.hidden_size * (2 if args.bf16 else 4)
         parts.append(f"{_gb(row * args.per_device_train_batch_size)} activations without the prompts'")
     if args.use_vllm and args.vllm_mode == "colocate":
-        parts.append(f"{_gb(total * VLLM_BYTES / args.vllm_tensor_parallel_size)} vLLM's weights, and its cache")
+        parts.append(
+            f"{_gb(parameters.total * VLLM_BYTES / args.vllm_tensor_parallel_size)} vLLM's weights, and its cache"
+        )
     return "computed, a process: " + " + ".join(parts)
 
 
 def _model(trainer: LuffyTrainer) -> str:
-    total, trained, _ = count_parameters(trainer.model)
-    share = "all" if trained == total else f"{trained / total:.2%}"
-    return f"{trainer.model.config._name_or_path or 'unnamed'}: {_big(total)} parameters, {share} trained"
+    counted = count_parameters(trainer.model)
+    share = "all" if counted.trained == counted.total else f"{counted.trained / counted.total:.2%}"
+    return f"{trainer.model.config._name_or_path or 'unnamed'}: {_big(counted.total)} parameters, {share} trained"
+
+
+def _epochs(trainer: LuffyTrainer) -> str:
+    if not isinstance(trainer.train_dataset, Dataset):  # a stream: nobody knows
+        return ""
+    return f", at most {_count(trainer.state.num_train_epochs, 'epoch')}"
 
 
 def _data(trainer: LuffyTrainer, name: str) -> str:
@@ -160,12 +198,12 @@ def _group(args: LuffyConfig) -> str:
     )
 
 
-def _is_sharded(trainer: LuffyTrainer) -> bool:
-    """Whether each process holds only its part of everything: ZeRO-3 and FSDP."""
+def _zero_stage(trainer: LuffyTrainer) -> int:
+    """How much the processes share, in ZeRO's numbers; FSDP is 3."""
     accelerator = trainer.accelerator
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return accelerator.state.deepspeed_plugin.zero_stage == 3
-    return accelerator.distributed_type == DistributedType.FSDP
+        return accelerator.state.deepspeed_plugin.zero_stage
+    return 3 if accelerator.distributed_type == DistributedType.FSDP else 0
 
 
 def _count(n: int, one: str, many: str = "") -> str:

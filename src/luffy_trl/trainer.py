@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import nanstd
 
-from .agreement import disagreements
+from .agreement import beyond_window, disagreements
 from .batching import drop_zero_advantages, optimizer_steps, order_by_length, pack, trim, unpack
 from .checked_rewards import checked
 from .checkpoints import NEWEST, UNFINISHED, find_checkpoint, publish
@@ -153,6 +153,8 @@ class LuffyTrainer(HubTrainer):
         ]
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
             bound_waiting(self.vllm_generation.vllm_client.session, args.ddp_timeout)
+        for message in beyond_window(self.model.config, args.max_completion_length):
+            logger.warning(message)
         self._phase_seconds: dict[str, float] = defaultdict(float)  # since the last log, on this process
         self._saving_checkpoint = False
         self._has_behavior_logps = False

@@ -9,6 +9,8 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
+from transformers import PretrainedConfig
+from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
@@ -73,11 +75,20 @@ class UsageError(ValueError):
 
 @contextmanager
 def before_training() -> Iterator[None]:
-    """A ValueError in here is about arguments or data."""
+    """A ValueError in here is about arguments or data, an OSError about files or the Hub."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
+
+
+@contextmanager
+def after_training() -> Iterator[None]:
+    """Ctrl-C in here is no loss of the training, which the message says."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("after the training, while the model was saved or pushed") from error
 
 
 def check_arguments(script_args: LuffyScriptArguments, model_args: ModelConfig) -> None:
@@ -144,28 +155,29 @@ def run(
     trainer.card_facts = facts
     trainer.add_callback(StartSummary(trainer, dataset_name))
     try:
-        train_until_stopped(trainer)
+        train_until_stopped(trainer, training_args.resume_from_checkpoint)
     except RunStopped:
         if training_args.push_to_hub and (missing := what_is_missing(Path(training_args.output_dir))):
             trainer.accelerator.print(missing)
         raise
 
-    # Only a dataset of the Hub can be linked to
-    on_hub = dataset_name != EMBEDDED_TASK and not Path(dataset_name).exists()
-    card: dict[str, Any] = {
-        "model_name": Path(training_args.output_dir).name,
-        "dataset_name": dataset_name if on_hub else None,
-    }
-    commit = None
-    if training_args.push_to_hub:
-        commit = trainer.push_to_hub(**card)  # saves as below, before
-    else:
-        trainer.save_model(training_args.output_dir)
-        trainer.create_model_card(**card)
-        trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
-    finish(trainer)
-    if commit is not None:
-        trainer.accelerator.print(f"Pushed them to {commit.repo_url}")
+    with after_training():
+        # Only a dataset of the Hub can be linked to
+        on_hub = dataset_name != EMBEDDED_TASK and not Path(dataset_name).exists()
+        card: dict[str, Any] = {
+            "model_name": Path(training_args.output_dir).name,
+            "dataset_name": dataset_name if on_hub else None,
+        }
+        commit = None
+        if training_args.push_to_hub:
+            commit = trainer.push_to_hub(**card)  # saves as below, before
+        else:
+            trainer.save_model(training_args.output_dir)
+            trainer.create_model_card(**card)
+            trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
+        finish(trainer)
+        if commit is not None:
+            trainer.accelerator.print(f"Pushed them to {commit.repo_url}")
     return trainer
 
 
@@ -179,7 +191,23 @@ def base_model(name: str | None, output_dir: str, seed: int) -> str:
 
 
 def model_options(model_args: ModelConfig, training_args: LuffyConfig | SFTConfig) -> dict[str, Any]:
-    """A trainer's arguments that make its model. Completes `training_args.model_init_kwargs`."""
+    """A trainer's arguments that make its model. Completes `training_args.model_init_kwargs`.
+
+    Raises:
+        ValueError: if there is no such model, or flash attention is asked for and not installed.
+    """
+    attention = model_args.attn_implementation
+    if attention == "flash_attention_2" and not (is_flash_attn_2_available() or is_kernels_available()):
+        raise ValueError(
+            f"--attn_implementation {attention} needs the package flash-attn and a GPU, and one is missing here. "
+            "pip install flash-attn --no-build-isolation, or take --attn_implementation sdpa, which pads."
+        )
+    name = model_args.model_name_or_path
+    if name is not None:
+        try:
+            PretrainedConfig.get_config_dict(name, revision=model_args.model_revision)
+        except OSError as error:
+            raise ValueError(f"--model_name_or_path {name} cannot be loaded: {error}") from error
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -192,16 +220,16 @@ def model_options(model_args: ModelConfig, training_args: LuffyConfig | SFTConfi
     }
 
 
-def train_until_stopped(trainer: LuffyTrainer | SFTTrainer) -> None:
-    """Train to the end, from the checkpoint that was asked for.
+def train_until_stopped(trainer: LuffyTrainer | SFTTrainer, checkpoint: str | None) -> None:
+    """Train to the end, from the checkpoint if there is one.
 
     Raises:
         RunStopped: after a signal, when the checkpoint is saved.
     """
     with StopAtStep() as stop:
         trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    if stop.received:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.received and stop.stopped:
         raise RunStopped(stop.received, f"checkpoint-{trainer.state.global_step}")
 
 

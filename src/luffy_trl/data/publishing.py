@@ -1,6 +1,5 @@
 """The card of a prepared dataset, and its way to the Hub."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -8,6 +7,9 @@ from pathlib import Path
 
 import httpx
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+
+from ..recipe import shown_command
+from ..redact import known_secrets
 
 
 VERSIONS_OF = ("luffy_trl", "math-verify", "transformers", "datasets")
@@ -107,7 +109,7 @@ def dataset_card(
         source=source.text,
         columns="\n".join(f"| `{column}` | {COLUMNS[column]} |" for column in columns),
         counts="\n".join(f"| {' | '.join(row)} |" for row in header + table),
-        command=shlex.join(["luffy-trl", "prepare-data", *map(_without_folders, argv)]),
+        command=shown_command(["luffy-trl", "prepare-data", *argv], known_secrets()),
         versions=", ".join(f"{package} {version(package)}" for package in VERSIONS_OF),
         licence=licence,
     )
@@ -133,8 +135,3 @@ def push(directory: Path, repo_id: str, private: bool) -> str:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"The push to {repo_id} failed: {first}") from error
     return str(url)
-
-
-def _without_folders(argument: str) -> str:
-    option, equals, value = argument.rpartition("=")
-    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
