@@ -1,5 +1,6 @@
 """`luffy-trl report`: from directories as runs leave them to a page, read back by an HTML parser."""
 
+import copy
 import json
 import math
 import re
@@ -8,11 +9,15 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers.processors import ByteLevel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from luffy_trl.cli import main
 from luffy_trl.reporting.panels import bounds, filled_panels, thinned, ticks
 from luffy_trl.reporting.runs import read_run
+from luffy_trl.reporting.token_probs import pieces
+
+from .conftest import save_tiny_qwen2
 
 
 HOSTILE = (
@@ -231,6 +236,67 @@ def test_tokens_have_their_probability_under_the_model(run, tmp_path, tiny_model
         probs = model(ids).logits[0, :-1].softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
     assert [p for _, p in tokens] == pytest.approx(probs[-5:].tolist(), rel=5e-3)
     assert "not under the policy at that step" in page.text
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_coloured_pieces_are_the_text_whatever_the_tokens(trim_offsets, run, tmp_path, chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)  # of bytes: three of them are one character's
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trim_offsets)
+    model = save_tiny_qwen2(tmp_path / "model", tokenizer, max_position_embeddings=64)
+    text = " é ≤  😀 ok\n "
+    write_completions(run, 4, [text, text * 9], prompts=["Why?", "Why?"])
+    short, long = report(tmp_path, run, "--model", model).steps[0][1][0]["rows"]
+    assert "".join(piece for piece, _ in short["tokens"]) == text
+    assert [piece.strip() for piece, p in short["tokens"] if p is not None and piece.strip()] == list("é≤😀ok")
+    *shown, (left_out, _) = long["tokens"]
+    count = int(re.fullmatch(r" \[\.\.\. (\d+) characters left out \.\.\.\]", left_out)[1])
+    assert "".join(piece for piece, _ in shown) == (text * 9)[:-count]
+
+
+def test_bytes_of_a_character_are_one_piece_with_their_product():
+    assert pieces("≤ a", [1, 1, 1, 3], [0.5, 0.25, 0.5, 0.125]) == ([("≤", 0.0625), (" a", 0.125)], "")
+
+
+CHAT = [[{"role": "user", "content": "Why?"}]] * 2
+
+
+@pytest.mark.parametrize(
+    ("template", "prompts", "message"),
+    [
+        (None, CHAT, "has no chat template, and the prompts are conversations"),
+        ("{{ raise_exception('system first') }}", CHAT, "its chat template refuses a prompt: system first"),
+        ("{% for m in messages %}{{ m['role'] + '' }}{% endfor %}", [["Why?"]] * 2, "refuses a prompt: 'str"),
+        ("damaged", CHAT, "cannot be loaded: Error while deserializing header"),
+        ("another tokenizer", ["Why?", "Why?"], "has no embedding for a token"),
+    ],
+)
+def test_a_model_that_cannot_read_the_prompts_is_said(
+    template, prompts, message, run, tmp_path, chat_tokenizer, tokenizer, capsys
+):
+    write_completions(run, 4, ["a", "b"], prompts=prompts)
+    tokenizer = copy.deepcopy(tokenizer if template == "another tokenizer" else chat_tokenizer)
+    tokenizer.chat_template = template
+    model = save_tiny_qwen2(tmp_path / "model", tokenizer, max_position_embeddings=64)
+    if template == "damaged":
+        (model / "model.safetensors").write_bytes(b"\x08" + b"\0" * 40)
+    if template == "another tokenizer":
+        chat_tokenizer.save_pretrained(model)
+    with pytest.raises(SystemExit) as stop:
+        report(tmp_path, run, "--model", model)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_model_with_few_positions_colours_what_it_can(run, tmp_path, chat_tokenizer):
+    sizes = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": len(chat_tokenizer)}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "model")
+    chat_tokenizer.save_pretrained(tmp_path / "model")
+    write_completions(run, 4, ["b" * 30] * 2, prompts=["Why?", "Why?" * 4])
+    page = report(tmp_path, run, "--model", tmp_path / "model")
+    [first], [second] = [group["rows"] for group in page.steps[0][1]]
+    assert [len(piece) for piece, p in first["tokens"] if p is not None] == [1] * 12
+    assert "tokens" not in second
+    assert "16 tokens with the prompt are looked at. 1 completions are not coloured" in page.text
 
 
 def test_long_curves_are_means_of_neighbours():
