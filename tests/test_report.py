@@ -197,6 +197,46 @@ def test_a_completions_file_being_written_is_skipped_and_counted(run, tmp_path, 
     assert "1 files of completions cannot be read" in capsys.readouterr().out
 
 
+MESSAGE = {"role": "user", "content": "Why?"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        (["Why?", "How?"], "Why?\nHow?"),
+        ([MESSAGE, None], "user: Why?\n"),
+        ([{"role": "user", "content": ["Why?", None]}], "user: Why?None"),
+        ([{"role": "user", "content": None}], "user: "),
+    ],
+)
+def test_messages_may_have_any_form(prompt, shown, run, tmp_path):
+    write_completions(run, 4, [prompt, prompt], prompts=[prompt, prompt])
+    [(_, [group])] = report(tmp_path, run).steps
+    assert group["prompt"] == shown
+    assert [row["text"] for row in group["rows"]] == [shown.replace("user: ", "").replace("\n", "")] * 2
+
+
+def test_each_run_shows_at_least_one_completion(run, tmp_path, capsys):
+    runs = [run]
+    for name in ("second", "third"):
+        runs.append(tmp_path / name)
+        runs[-1].mkdir()
+        (runs[-1] / "trainer_state.json").write_text(state(4))
+    for directory in runs:
+        write_completions(directory, 4, ["a", "b"])
+    page = report(tmp_path, *runs, "--completions", 2)
+    assert [(a["data-run"], len(groups[0]["rows"])) for a, groups in page.steps] == [("0", 1), ("1", 1), ("2", 1)]
+    assert page.text.count("1 more completions of the shown steps are left out") == 3
+    assert "3 completions" in capsys.readouterr().out
+
+
+def test_steps_without_room_are_counted_as_left_out(run, tmp_path, capsys):
+    for step, n in ((1, 9), (2, 9), (3, 2)):
+        write_completions(run, step, ["x"] * n)
+    assert len(report(tmp_path, run, "--completions", 6).steps) == 2
+    assert "completions of 2 of the 3 logged steps are shown" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -305,6 +345,32 @@ def test_long_curves_are_means_of_neighbours():
     assert len(thin) == 400
     assert thin[0] == (12.0, pytest.approx(12 / 25))  # 0 to 24: 12 odd numbers
     assert thinned(curve[:400]) == curve[:400]
+
+
+def test_the_legend_has_the_last_logged_value(run, tmp_path):
+    (run / "trainer_state.json").write_text(state(801, **{"on_policy/reward": lambda s: float(s == 801)}))
+    assert "rollouts 1 " in " ".join(report(tmp_path, run).text.split())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("values", "left_out"),
+    [
+        ([10**400, 1.0], True),
+        ([-1e308, 1e308, 2], True),
+        ([math.inf, -math.inf, 2], True),
+        ([-1e200, 1e200], False),
+        ([0, 5e-324], False),
+        ([5e-324, 5e-324], False),
+        ([1e-200, 1.1e-200], False),
+    ],
+)
+def test_numbers_of_any_size_are_drawn_or_said_to_be_left_out(values, left_out, run, tmp_path):
+    lines = [{"step": 10**16 * s, "loss": value} for s, value in enumerate(values)]
+    (run / "trainer_state.json").write_text(json.dumps({"global_step": 4, "max_steps": 4, "log_history": lines}))
+    page = report(tmp_path, run)
+    assert page.panels == ["panel-loss"]
+    assert ("logged values are infinite or beyond 1e+200" in page.text) == left_out
 
 
 @pytest.mark.parametrize(
