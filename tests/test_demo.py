@@ -1,4 +1,4 @@
-"""It learns: the demo itself, shortened, on one seed."""
+"""It learns: the demo itself, shortened, on one seed; and what it refuses."""
 
 import json
 
@@ -9,6 +9,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from luffy_trl.demo import READING, run_demo
 from luffy_trl.tasks.letter_walk import split_walks
 from luffy_trl.tasks.letter_walk_base import accuracy
+from luffy_trl.training import UsageError
+
+
+@pytest.mark.parametrize(
+    ("seed", "output_dir", "message"),
+    [
+        (-1, "out", "--seed -1 must be from 0 to 4294967295"),
+        (2**32, "out", "--seed 4294967296 must be"),
+        (0, "file", "--output_dir .*file cannot be written to"),
+        (0, "file/out", "--output_dir .*file/out cannot be written to"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_done(seed, output_dir, message, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=message):
+        run_demo(tmp_path / output_dir, seed=seed)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.slow

@@ -506,13 +506,39 @@ def test_wrong_arguments_end_with_one_line(flags, message, model_dir, data_file,
     [
         ({"prompt": None}, "row 5: `prompt` is NoneType, expected a list of messages"),
         ({"prompt": [{"role": "assistant", "content": "2"}]}, "row 5: `prompt` has the roles ['assistant']"),
+        ({"prompt": [{"role": "user", "content": ["?"]}]}, "row 5: `prompt` is list"),
+        ({"prompt": ["?"]}, "row 5: `prompt` is list"),
         ({"reward_model": {"ground_truth": None}}, "row 5: `reward_model.ground_truth` is None"),
+        ({"reward_model": "math"}, "row 5: `reward_model` is str, expected an object"),
     ],
 )
 def test_bad_rows_are_named(row, message, model_dir, data_file, tmp_path, capsys):
     good = {"data_source": "aime", "prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": "1"}}
     data_file.write_text(data_file.read_text() + json.dumps(good | row) + "\n")
     assert message in error_of(options(model_dir, data_file, tmp_path / "out"), capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("broken.parquet", "PAR1 not yet", "broken.parquet cannot be read: "),
+        ("broken.jsonl", '{"data_source": ', "broken.jsonl cannot be read: "),
+        ("empty.json", "", "empty.json cannot be read: "),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(name, content, message, model_dir, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
+    assert message in error_of(options(model_dir, tmp_path / name, tmp_path / "out"), capsys)
+
+
+@pytest.mark.parametrize(
+    "results",
+    ['{"results": {"math": {"acc": 1}}}', '{"name": "a", "tasks": ', "[]", '{"name": "", "tasks": {"b": {}}}'],
+)
+def test_another_programs_results_are_not_compared_with(results, model_dir, data_file, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(results)
+    message = error_of(options(model_dir, data_file, tmp_path / "out", compare=tmp_path), capsys)
+    assert f"--compare {tmp_path}: its results.json is not, or no longer, as luffy-trl eval writes it" in message
 
 
 def test_without_the_hub_or_a_chat_template_it_says_what_to_do(model_dir, data_file, tmp_path, capsys):

@@ -312,6 +312,15 @@ def test_wrong_arguments_end_with_one_line(arguments, message, output_dir, capsy
     assert message.replace("OUT", str(output_dir)) in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("record", ["{}", "[]", "null", "{", '{"model": {"repo": "a"}, "missing": []}'])
+def test_a_record_that_is_none_is_said(record, output_dir, capsys):
+    (output_dir / "_hub.json").write_text(record)
+    with pytest.raises(SystemExit) as stop:
+        main(["push", str(output_dir)])
+    assert stop.value.code == 2
+    assert "_hub.json does not say what a run could not push" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_directory_without_a_model_and_an_offline_machine_are_told_so(output_dir, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as exit_:

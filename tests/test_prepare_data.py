@@ -429,6 +429,46 @@ def test_only_its_own_output_is_replaced(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "out"]
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["README.md", "data/raw.txt"], "holds data/raw.txt, which prepare-data did not write"),
+        (["README.md", "dropped.jsonl", "data/train.parquet"], "holds data/train.parquet, which prepare-data did not"),
+        (["README.md", "data/train-00000.parquet"], "without dropped.jsonl it is not known to be prepare-data's"),
+    ],
+)
+def test_what_it_did_not_write_stays(files, message, tmp_path, capsys):
+    for name in files:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("mine")
+    source = write(tmp_path / "d.jsonl", [luffy("a", trace(1), "1")])
+    with pytest.raises(SystemExit) as stop:
+        prepare(source, tmp_path / "out", "--overwrite")
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert all((tmp_path / "out" / name).read_text() == "mine" for name in files)
+
+
+@pytest.mark.parametrize("output", [".", "..", "{cwd}", "new/..", "mounted"])
+def test_a_directory_that_cannot_be_replaced_is_refused_before_the_work(output, tmp_path, monkeypatch, capsys):
+    (tmp_path / "cwd" / "mounted").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "cwd" / "mounted")
+    with pytest.raises(SystemExit) as stop:
+        prepare("no-such-source.jsonl", output.format(cwd=tmp_path / "cwd"))
+    assert stop.value.code == 2
+    assert "it cannot be replaced as a whole. Give a directory inside it" in capsys.readouterr().err
+
+
+def test_a_link_leads_to_the_output(tmp_path):
+    source = write(tmp_path / "d.jsonl", [luffy("a", trace(1), "1")])
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    prepare(source, tmp_path / "link")
+    prepare(source, tmp_path / "link", "--overwrite")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "out" / "dropped.jsonl").is_file()
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the Hub as a push needs. It refuses every repository but me/prepared."""
 

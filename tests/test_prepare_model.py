@@ -95,6 +95,9 @@ def test_it_trains_and_the_demonstration_continues_the_thought(prepared, config)
         (["--eos_token", "<|nope|>"], "--eos_token '<|nope|>' is no token of this tokenizer"),
         (["--template", "llama"], "invalid choice: 'llama'"),
         (["--rope_theta", "many"], "invalid float value: 'many'"),
+        (["--rope_theta", "0"], "--rope_theta 0.0 must be a number above 0"),
+        (["--rope_theta", "inf"], "--rope_theta inf must be a number above 0"),
+        (["--max_position_embeddings", "-5"], "--max_position_embeddings -5 must be a number above 0"),
         (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
     ],
 )

@@ -1,5 +1,6 @@
 """`luffy-trl report`: from directories as runs leave them to a page, read back by an HTML parser."""
 
+import copy
 import json
 import math
 import re
@@ -8,11 +9,15 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers.processors import ByteLevel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from luffy_trl.cli import main
 from luffy_trl.reporting.panels import bounds, filled_panels, thinned, ticks
 from luffy_trl.reporting.runs import read_run
+from luffy_trl.reporting.token_probs import pieces
+
+from .conftest import save_tiny_qwen2
 
 
 HOSTILE = (
@@ -192,6 +197,46 @@ def test_a_completions_file_being_written_is_skipped_and_counted(run, tmp_path, 
     assert "1 files of completions cannot be read" in capsys.readouterr().out
 
 
+MESSAGE = {"role": "user", "content": "Why?"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        (["Why?", "How?"], "Why?\nHow?"),
+        ([MESSAGE, None], "user: Why?\n"),
+        ([{"role": "user", "content": ["Why?", None]}], "user: Why?None"),
+        ([{"role": "user", "content": None}], "user: "),
+    ],
+)
+def test_messages_may_have_any_form(prompt, shown, run, tmp_path):
+    write_completions(run, 4, [prompt, prompt], prompts=[prompt, prompt])
+    [(_, [group])] = report(tmp_path, run).steps
+    assert group["prompt"] == shown
+    assert [row["text"] for row in group["rows"]] == [shown.replace("user: ", "").replace("\n", "")] * 2
+
+
+def test_each_run_shows_at_least_one_completion(run, tmp_path, capsys):
+    runs = [run]
+    for name in ("second", "third"):
+        runs.append(tmp_path / name)
+        runs[-1].mkdir()
+        (runs[-1] / "trainer_state.json").write_text(state(4))
+    for directory in runs:
+        write_completions(directory, 4, ["a", "b"])
+    page = report(tmp_path, *runs, "--completions", 2)
+    assert [(a["data-run"], len(groups[0]["rows"])) for a, groups in page.steps] == [("0", 1), ("1", 1), ("2", 1)]
+    assert page.text.count("1 more completions of the shown steps are left out") == 3
+    assert "3 completions" in capsys.readouterr().out
+
+
+def test_steps_without_room_are_counted_as_left_out(run, tmp_path, capsys):
+    for step, n in ((1, 9), (2, 9), (3, 2)):
+        write_completions(run, step, ["x"] * n)
+    assert len(report(tmp_path, run, "--completions", 6).steps) == 2
+    assert "completions of 2 of the 3 logged steps are shown" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -233,12 +278,99 @@ def test_tokens_have_their_probability_under_the_model(run, tmp_path, tiny_model
     assert "not under the policy at that step" in page.text
 
 
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_coloured_pieces_are_the_text_whatever_the_tokens(trim_offsets, run, tmp_path, chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)  # of bytes: three of them are one character's
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trim_offsets)
+    model = save_tiny_qwen2(tmp_path / "model", tokenizer, max_position_embeddings=64)
+    text = " é ≤  😀 ok\n "
+    write_completions(run, 4, [text, text * 9], prompts=["Why?", "Why?"])
+    short, long = report(tmp_path, run, "--model", model).steps[0][1][0]["rows"]
+    assert "".join(piece for piece, _ in short["tokens"]) == text
+    assert [piece.strip() for piece, p in short["tokens"] if p is not None and piece.strip()] == list("é≤😀ok")
+    *shown, (left_out, _) = long["tokens"]
+    count = int(re.fullmatch(r" \[\.\.\. (\d+) characters left out \.\.\.\]", left_out)[1])
+    assert "".join(piece for piece, _ in shown) == (text * 9)[:-count]
+
+
+def test_bytes_of_a_character_are_one_piece_with_their_product():
+    assert pieces("≤ a", [1, 1, 1, 3], [0.5, 0.25, 0.5, 0.125]) == ([("≤", 0.0625), (" a", 0.125)], "")
+
+
+CHAT = [[{"role": "user", "content": "Why?"}]] * 2
+
+
+@pytest.mark.parametrize(
+    ("template", "prompts", "message"),
+    [
+        (None, CHAT, "has no chat template, and the prompts are conversations"),
+        ("{{ raise_exception('system first') }}", CHAT, "its chat template refuses a prompt: system first"),
+        ("{% for m in messages %}{{ m['role'] + '' }}{% endfor %}", [["Why?"]] * 2, "refuses a prompt: 'str"),
+        ("damaged", CHAT, "cannot be loaded: Error while deserializing header"),
+        ("another tokenizer", ["Why?", "Why?"], "has no embedding for a token"),
+    ],
+)
+def test_a_model_that_cannot_read_the_prompts_is_said(
+    template, prompts, message, run, tmp_path, chat_tokenizer, tokenizer, capsys
+):
+    write_completions(run, 4, ["a", "b"], prompts=prompts)
+    tokenizer = copy.deepcopy(tokenizer if template == "another tokenizer" else chat_tokenizer)
+    tokenizer.chat_template = template
+    model = save_tiny_qwen2(tmp_path / "model", tokenizer, max_position_embeddings=64)
+    if template == "damaged":
+        (model / "model.safetensors").write_bytes(b"\x08" + b"\0" * 40)
+    if template == "another tokenizer":
+        chat_tokenizer.save_pretrained(model)
+    with pytest.raises(SystemExit) as stop:
+        report(tmp_path, run, "--model", model)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_model_with_few_positions_colours_what_it_can(run, tmp_path, chat_tokenizer):
+    sizes = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": len(chat_tokenizer)}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "model")
+    chat_tokenizer.save_pretrained(tmp_path / "model")
+    write_completions(run, 4, ["b" * 30] * 2, prompts=["Why?", "Why?" * 4])
+    page = report(tmp_path, run, "--model", tmp_path / "model")
+    [first], [second] = [group["rows"] for group in page.steps[0][1]]
+    assert [len(piece) for piece, p in first["tokens"] if p is not None] == [1] * 12
+    assert "tokens" not in second
+    assert "16 tokens with the prompt are looked at. 1 completions are not coloured" in page.text
+
+
 def test_long_curves_are_means_of_neighbours():
     curve = [(float(i), float(i % 2)) for i in range(10_000)]
     thin = thinned(curve)
     assert len(thin) == 400
     assert thin[0] == (12.0, pytest.approx(12 / 25))  # 0 to 24: 12 odd numbers
     assert thinned(curve[:400]) == curve[:400]
+
+
+def test_the_legend_has_the_last_logged_value(run, tmp_path):
+    (run / "trainer_state.json").write_text(state(801, **{"on_policy/reward": lambda s: float(s == 801)}))
+    assert "rollouts 1 " in " ".join(report(tmp_path, run).text.split())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("values", "left_out"),
+    [
+        ([10**400, 1.0], True),
+        ([-1e308, 1e308, 2], True),
+        ([math.inf, -math.inf, 2], True),
+        ([-1e200, 1e200], False),
+        ([0, 5e-324], False),
+        ([5e-324, 5e-324], False),
+        ([1e-200, 1.1e-200], False),
+    ],
+)
+def test_numbers_of_any_size_are_drawn_or_said_to_be_left_out(values, left_out, run, tmp_path):
+    lines = [{"step": 10**16 * s, "loss": value} for s, value in enumerate(values)]
+    (run / "trainer_state.json").write_text(json.dumps({"global_step": 4, "max_steps": 4, "log_history": lines}))
+    page = report(tmp_path, run)
+    assert page.panels == ["panel-loss"]
+    assert ("logged values are infinite or beyond 1e+200" in page.text) == left_out
 
 
 @pytest.mark.parametrize(

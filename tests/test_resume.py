@@ -71,6 +71,16 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> No
 # Checkpoints
 
 
+@pytest.mark.parametrize("manifest", ["[]", "null", '{"files": []}', '{"files": null}', "{}", "{", "[" * 10**5])
+def test_a_manifest_that_is_none_is_damage(manifest, tmp_path):
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text(manifest)
+    assert damage(checkpoint) == "its manifest.json cannot be read"
+    with pytest.raises(ValueError, match=r"checkpoint-1 is damaged: its manifest\.json cannot be read"):
+        find_checkpoint(str(checkpoint), tmp_path)
+
+
 def test_complete_damaged_and_unfinished_checkpoints(make_trainer, tmp_path, caplog):
     make_trainer(max_steps=3, save_strategy="steps", save_steps=1).train()
     out = tmp_path / "out"

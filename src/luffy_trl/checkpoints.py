@@ -57,7 +57,9 @@ def damage(checkpoint: Path) -> str | None:
         return f"it has no {MANIFEST}"
     try:
         sizes = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, RecursionError):
+        sizes = None
+    if not isinstance(sizes, dict):
         return f"its {MANIFEST} cannot be read"
     for name, size in sizes.items():
         path = checkpoint / name

@@ -14,6 +14,7 @@ from .tables_and_curves import plot_curves, text_table
 from .tasks.letter_walk import MAX_COMPLETION_LENGTH, STEP_BY_STEP, distinct_walks, split_walks, to_dataset
 from .tasks.letter_walk_base import accuracy, load_or_pretrain
 from .tasks.probe import Probe
+from .training import before_training, check_output_dir
 
 
 EASIER, TRAINED, HARDER = 3, 5, 7  # letters of a walk
@@ -46,7 +47,14 @@ def run_demo(output_dir: str | Path, seed: int = 0, steps: int = 100) -> dict[st
 
     Returns:
         Per method, the held-out accuracy at each difficulty and the seconds its training took.
+
+    Raises:
+        UsageError: a ValueError, for a seed or a directory that cannot be used, before anything is done.
     """
+    with before_training():
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"--seed {seed} must be from 0 to {2**32 - 1}, as NumPy's generators take it.")
+        check_output_dir(str(output_dir))
     output_dir = Path(output_dir)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -29,10 +29,17 @@ class Record:
         self.path = output_dir / RECORD
         self.model: Push | None = None  # how the run pushes its final model
         self.missing: dict[Push, str] = {}
-        if self.path.is_file():
+        if not self.path.is_file():
+            return
+        try:
             saved = json.loads(self.path.read_text(encoding="utf-8"))
             self.model = Push(**saved["model"]) if saved["model"] else None
             self.missing = {Push(**push): why for push, why in saved["missing"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path} does not say what a run could not push: it is damaged, or not luffy-trl's. Remove it, "
+                "and `luffy-trl push` pushes the model as if no run had noted anything."
+            ) from error
 
     def save(self) -> None:
         """Atomic: a run can be killed at any time."""

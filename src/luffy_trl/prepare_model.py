@@ -7,6 +7,7 @@ are copied as they are, and the configuration and the tokenizer are written anew
 
 import argparse
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,8 +86,11 @@ def extend_context(config: PretrainedConfig, rope_theta: float | None, window: i
     """Set rope theta and window where given; returns {field: (before, after)} of what changed.
 
     Raises:
-        ValueError: if the model has no single rope theta.
+        ValueError: for a value that is none, or if the model has no single rope theta.
     """
+    for name, value in (("rope_theta", rope_theta), ("max_position_embeddings", window)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} {value} must be a number above 0.")
     text = config.get_text_config()
     changed: dict[str, tuple] = {}
     if rope_theta is not None:

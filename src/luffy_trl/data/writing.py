@@ -1,5 +1,7 @@
 """A prepared dataset on disk: parquet, a card, a list of what was dropped; all of it at once, or nothing."""
 
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,28 +15,46 @@ from datasets import Features
 
 
 DROPPED_FILE = "dropped.jsonl"
-OWN_FILES = {"README.md", "data", DROPPED_FILE}
+OWN_FILES = re.compile(rf"README\.md|{re.escape(DROPPED_FILE)}|data|data/train-\d{{5,}}\.parquet")
 # Of text in memory; about a third of it on disk. Many readers, and the Hub's viewer, take whole files.
 SHARD_BYTES = 1_000_000_000
 
 
 def check_output(directory: Path, overwrite: bool) -> None:
-    """Raises ValueError if something stands where the output should go that must not be replaced."""
+    """Raises ValueError if the output cannot go there, or something stands there that must not be replaced."""
     if directory.is_file():
         raise ValueError(f"--output-dir {directory} is a file; give a directory.")
-    present = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    if present and not overwrite:
-        raise ValueError(f"--output-dir {directory} is not empty. Choose another one, or replace it with --overwrite.")
-    if present - OWN_FILES:
+    real = directory.resolve()
+    if Path.cwd().is_relative_to(real) or os.path.ismount(real):
         raise ValueError(
-            f"--output-dir {directory} holds {min(present - OWN_FILES)}, which prepare-data did not write: it is not "
-            "replaced, even with --overwrite. Choose another one."
+            f"--output-dir {directory} is a mount point, or the working directory is in it: it cannot be replaced as "
+            "a whole. Give a directory inside it."
         )
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    foreign = next((path for path in directory.rglob("*") if not _is_own(path.relative_to(directory))), None)
+    if foreign is not None:
+        raise ValueError(
+            f"--output-dir {directory} holds {foreign.relative_to(directory)}, which prepare-data did not write: it "
+            "is not replaced, even with --overwrite. Choose another one."
+        )
+    if not (directory / DROPPED_FILE).is_file():
+        raise ValueError(
+            f"--output-dir {directory} is not empty, and without {DROPPED_FILE} it is not known to be prepare-data's: "
+            "it is not replaced, even with --overwrite. Choose another one."
+        )
+    if not overwrite:
+        raise ValueError(f"--output-dir {directory} is not empty. Choose another one, or replace it with --overwrite.")
+
+
+def _is_own(path: Path) -> bool:
+    return OWN_FILES.fullmatch(path.as_posix()) is not None
 
 
 @contextmanager
 def all_or_nothing(directory: Path) -> Iterator[Path]:
     """A directory beside `directory` to write into, which takes its name in the end; after an error it is removed."""
+    directory = directory.resolve()  # a link stays, and what it leads to is replaced
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.unfinished-", dir=directory.parent))
     try:

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
+from ..data.loading import reading
 from . import EvaluationError
 
 
@@ -146,11 +147,10 @@ def _read_file(path: str) -> Dataset:
     if not Path(path).is_file():
         raise EvaluationError(f"--data_files {path}: there is no such file.")
     try:
-        dataset = datasets.load_dataset(LOCAL_LOADERS[Path(path).suffix], data_files=path, split="train")
-    except (datasets.exceptions.DatasetGenerationError, StopIteration) as error:  # for broken, for empty files
-        raise EvaluationError(
-            f"--data_files {path} cannot be read: {error.__cause__ or 'it holds no rows'}"
-        ) from error
+        with reading(f"--data_files {path}"):
+            dataset = datasets.load_dataset(LOCAL_LOADERS[Path(path).suffix], data_files=path, split="train")
+    except ValueError as error:
+        raise EvaluationError(str(error)) from error
     for column in LOCAL_COLUMNS:
         if column not in dataset.column_names:
             raise EvaluationError(
@@ -163,9 +163,10 @@ def _read_file(path: str) -> Dataset:
 def _local_row(row: dict[str, Any], where: str) -> tuple[str, str, str, str]:
     """(data source, problem, answer, system prompt) of a row."""
     messages = row["prompt"]
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and m.get("content") for m in messages):
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise EvaluationError(
-            f"{where}: `prompt` is {type(messages).__name__}, expected a list of messages with content."
+            f"{where}: `prompt` is {type(messages).__name__}, expected a list of messages with a role and "
+            "content, both texts."
         )
     by_role = {message.get("role"): message["content"] for message in messages}
     if "user" not in by_role or set(by_role) - {"user", "system"} or len(by_role) != len(messages):
@@ -173,9 +174,20 @@ def _local_row(row: dict[str, Any], where: str) -> tuple[str, str, str, str]:
         raise EvaluationError(
             f"{where}: `prompt` has the roles {roles}, expected one user message, after a system message."
         )
-    answer = (row["reward_model"] or {}).get("ground_truth")
+    reward_model = row["reward_model"] or {}
+    if not isinstance(reward_model, dict):
+        raise EvaluationError(
+            f"{where}: `reward_model` is {type(reward_model).__name__}, expected an object with the right answer as "
+            "`ground_truth`."
+        )
+    answer = reward_model.get("ground_truth")
     if not isinstance(answer, str) or not answer.strip():
         raise EvaluationError(
             f"{where}: `reward_model.ground_truth` is {answer!r}, expected the right answer as text."
         )
     return str(row["data_source"]), by_role["user"], answer, by_role.get("system", "")
+
+
+def _is_message(value: Any) -> bool:
+    keys = ("role", "content")
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) and value[key] for key in keys)

@@ -103,7 +103,7 @@ def compared_rows(sources: Sequence[str], groups: Mapping[str, Sequence[str]]) -
         sources: "paper", or output directories of other evaluations.
 
     Raises:
-        EvaluationError: for a directory without results.
+        EvaluationError: for a directory without results, or with another program's.
     """
     rows: list[Row] = []
     for source in sources:
@@ -115,9 +115,15 @@ def compared_rows(sources: Sequence[str], groups: Mapping[str, Sequence[str]]) -
             raise EvaluationError(
                 f"--compare {source}: there is no {RESULTS} in it; an evaluation writes it at its end."
             )
-        results = json.loads(path.read_text(encoding="utf-8"))
-        summaries = {task: Summary(**summary) for task, summary in results["tasks"].items()}
-        rows.append(row(f"{results['name']} ({source})", summaries, groups))
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            summaries = {task: Summary(**summary) for task, summary in results["tasks"].items()}
+            rows.append(row(f"{results['name']} ({source})", summaries, groups))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EvaluationError(
+                f"--compare {source}: its {RESULTS} is not, or no longer, as luffy-trl eval writes it. Give an "
+                "--output_dir of that command."
+            ) from error
     return rows
 
 

@@ -40,7 +40,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         type=int,
         default=MOST_COMPLETIONS,
         metavar="N",
-        help=f"show at most so many, of evenly spread steps of all runs (default: {MOST_COMPLETIONS}; 0: none)",
+        help="show at most so many, of evenly spread steps of all runs, but at least one of each "
+        f"(default: {MOST_COMPLETIONS}; 0: none)",
     )
     add(
         "--model",
@@ -63,7 +64,7 @@ def report(directories: list[Path], output_dir: Path, most_completions: int, mod
     from .runs import read_run, run_names
 
     runs = [read_run(path, name) for path, name in zip(directories, run_names(directories), strict=True)]
-    share = most_completions // len(runs)
+    share = max(most_completions // len(runs), 1) if most_completions else 0
     kept = [read_completions(run, share) if share else [] for run in runs]
     token_note = ""
     if model is not None:

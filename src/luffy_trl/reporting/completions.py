@@ -61,8 +61,8 @@ def read_completions(run: Run, most: int) -> list[KeptStep]:
     steps.sort(key=lambda step: step.step)
     if unreadable:
         run.notes.append(f"{unreadable} files of completions cannot be read (the newest may be being written).")
-    if len(chosen) < len(files):
-        run.notes.append(f"completions of {len(chosen)} of the {len(files)} logged steps are shown.")
+    if len(steps) < len(files):
+        run.notes.append(f"completions of {len(steps)} of the {len(files)} logged steps are shown.")
     left_out = sum(step.left_out for step in steps)
     if left_out:
         run.notes.append(f"{left_out} more completions of the shown steps are left out.")
@@ -78,15 +78,20 @@ def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
 
 
 def prompt_text(prompt: Any) -> str:
-    """A prompt for a reader: messages with their roles."""
+    """A prompt for a reader: messages with their roles. What is no message is shown as it is."""
     if isinstance(prompt, list):
-        return "\n".join(f"{message.get('role')}: {content_text(message.get('content'))}" for message in prompt)
+        roles = [f"{message.get('role')}: " if isinstance(message, dict) else "" for message in prompt]
+        return "\n".join(role + message_text(message) for role, message in zip(roles, prompt, strict=True))
     return str(prompt)
 
 
-def content_text(content: Any) -> str:
+def message_text(message: Any) -> str:
+    content = message.get("content") if isinstance(message, dict) else message
     if isinstance(content, list):
-        return "".join(str(part.get("text") or f"[{part.get('type')}]") for part in content)
+        return "".join(
+            str(part.get("text") or f"[{part.get('type')}]") if isinstance(part, dict) else str(part)
+            for part in content
+        )
     return "" if content is None else str(content)
 
 
@@ -136,7 +141,7 @@ def _completion(row: dict[str, Any]) -> Completion:
         if name not in OTHER_COLUMNS and (reward is None or isinstance(reward, int | float))
     }
     conversational = isinstance(value, list)
-    text = "".join(content_text(message.get("content")) for message in value) if conversational else str(value)
+    text = "".join(map(message_text, value)) if conversational else str(value)
     return Completion(
         text, rewards, _number(row.get("advantage")), bool(row.get("demonstration")), conversational=conversational
     )

@@ -67,7 +67,7 @@ def look(series: Series, runs: int) -> tuple[str, str]:
 
 
 def number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
 def _table(runs: Sequence[Run]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _panel(panel: Panel, series: Sequence[Series], runs: Sequence[Run]) -> dict[
                 # thinner and later ones on top, so that lines which coincide all show
                 "width": max(2, 5 - 3 * one.run) if len(runs) > 1 else 2,
                 "name": name,
-                "last": number(one.points[-1][1]),
+                "last": number(one.last),
             }
         )
     data = {

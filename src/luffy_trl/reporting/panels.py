@@ -32,6 +32,7 @@ class Series:
     label: str
     points: Points
     logged: int  # points before thinning
+    last: float  # value that was logged, not a mean
 
 
 ROLLOUTS, DEMONSTRATIONS = "rollouts", "demonstrations"
@@ -89,7 +90,7 @@ def filled_panels(runs: Sequence[Run]) -> list[tuple[Panel, list[Series]]]:
     filled = []
     for panel in PANELS:
         series = [
-            Series(r, m, label, thinned(curve), len(curve))
+            Series(r, m, label, thinned(curve), len(curve), curve[-1][1])
             for r, run in enumerate(runs)
             for m, (metric, label) in enumerate(panel.metrics)
             if (curve := run.curve(metric))
@@ -113,7 +114,8 @@ def bounds(series: Sequence[Series]) -> tuple[float, float, float, float]:
     xs, ys = zip(*(point for one in series for point in one.points), strict=True)
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
     if x0 == x1:
-        x0, x1 = x0 - 1, x1 + 1
+        around = 1 + 1e-9 * abs(x0)  # 1 alone is nothing beside 1e16
+        x0, x1 = x0 - around, x1 + around
     if y1 - y0 <= 1e-9 * max(abs(y0), abs(y1)):
         y0, y1 = (y0 - 0.1 * abs(y0), y1 + 0.1 * abs(y1)) if y0 else (0.0, 1.0)
     return x0, x1, y0, y1

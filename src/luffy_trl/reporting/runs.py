@@ -1,7 +1,6 @@
 """What a run has logged: from its directory, finished or still going."""
 
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,8 @@ STATE = "trainer_state.json"  # transformers' TRAINER_STATE_NAME
 COMPLETIONS = "completions"  # where TRL keeps them, in output_dir
 # As model cards give them, ours and TRL's, from a line or heading that ends with "versions" or begins with it
 VERSIONS = re.compile(r"^(?:#+ .*versions$|Versions:)", re.MULTILINE | re.IGNORECASE)
+# Magnitudes that a curve can be drawn of: of larger ones, differences overflow; a smaller one is 0
+LARGEST, SMALLEST = 1e200, 1e-200
 VERSION = re.compile(r"\b(luffy_trl|trl|transformers|torch|pytorch):? (\d[\w.+-]{0,40}\w)", re.IGNORECASE)
 
 
@@ -65,8 +66,11 @@ def read_run(directory: Path, name: str) -> Run:
         path, state = max(states, key=lambda item: item[1]["global_step"])
         run.source = str(path.relative_to(directory))
         run.step, run.max_steps = state["global_step"], state["max_steps"]
-        run.history = [_numbers(line) for line in state["log_history"] if isinstance(line, dict) and "step" in line]
-        run.history = [line for line in run.history if "step" in line]
+        lines = [line for line in state["log_history"] if isinstance(line, dict) and "step" in line]
+        run.history = [numbers for line in lines if "step" in (numbers := _numbers(line))]
+        undrawn = sum(abs(value) > LARGEST for line in lines for value in line.values() if _is_number(value))
+        if undrawn:
+            run.notes.append(f"{undrawn} logged values are infinite or beyond {LARGEST:g}, and left out.")
     elif not any((directory / COMPLETIONS).glob("*.parquet")):
         notes = "".join(f" {note}" for note in run.notes)
         raise ReportError(
@@ -124,9 +128,10 @@ def _read_state(path: Path, run: Run) -> dict[str, Any] | None:
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
-    """The finite numbers of a line: a metric may be None or NaN, and the file may be anyone's."""
-    return {
-        key: float(value)
-        for key, value in line.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    }
+    """The numbers of a line that can be drawn: a metric may be None or NaN, and the file may be anyone's."""
+    numbers = {key: value for key, value in line.items() if _is_number(value) and abs(value) <= LARGEST}
+    return {key: float(value) if abs(value) >= SMALLEST else 0.0 for key, value in numbers.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
