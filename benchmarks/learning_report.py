@@ -8,6 +8,17 @@ from typing import Any
 
 
 Result = dict[str, Any]
+# Methods in the figures, by claim
+ALL: tuple[str, ...] = ()
+A, B, C = ("GRPO", "LUFFY", "SFT"), ("mixed policy", "LUFFY"), ("mixed policy", "LUFFY", "RL + SFT loss", "SFT")
+METHODS = ("GRPO", "mixed policy", "LUFFY", "RL + SFT loss", "SFT", "SFT then RL", "prefixes", "success gate")
+SHADES = ("#2b6cb0", "#90cdf4", "#e2e8f0")  # clean, and more and more faulty
+TITLES = {
+    "reward": "reward",
+    "entropy": "entropy (nats)",
+    "demonstration": "P(demonstration)",
+    "rare": "P(rare tokens)",
+}
 SAME_RATE = 1e-4  # where methods are compared at one learning rate
 BEGIN, END = "<!-- measured: written by benchmarks/learning.py -->", "<!-- end of measured -->"
 COLUMNS: dict[str, Callable[[Result], float]] = {
@@ -21,11 +32,19 @@ COLUMNS: dict[str, Callable[[Result], float]] = {
     "tokens": lambda run: run["sampled"]["5"]["length"],
     "entropy": lambda run: statistics.mean(run["curves"]["entropy"]),
     "demonstration": lambda run: run["curves"]["demonstration"][-1],
+    "rare at the start": lambda run: run["curves"]["rare"][0],
     "steps to rare 0.5": lambda run: steps_to(run, "rare", 0.5),
     "generated": lambda run: run["generated_tokens"],
     "CPU s": lambda run: run["train_cpu_seconds"],
 }
-FORMATS = {"tokens": ".1f", "distinct of 16": ".1f", "steps to rare 0.5": ".0f", "generated": ".0f", "CPU s": ".1f"}
+FORMATS = {
+    "rare at the start": ".0e",
+    "tokens": ".1f",
+    "distinct of 16": ".1f",
+    "steps to rare 0.5": ".0f",
+    "generated": ".0f",
+    "CPU s": ".1f",
+}
 # Of the short table: column -> (condition, what of it)
 SHORT: dict[str, tuple[str, str]] = {
     "trained length": ("clean", "sampled"),
@@ -148,97 +167,93 @@ def write_report(results: Result, docs: Path, readme: Path) -> None:
         return [run for run in runs if run["condition"] in conditions]
 
     same_rate = [run for run in of("validation: letter walk") if run["learning_rate"] == SAME_RATE]
-    curves(docs / "learning_zero_reward.png", of("clean"), ("GRPO", "LUFFY", "SFT"), ("reward", "rare"))
-    curves(docs / "learning_shaping.png", same_rate, ("mixed policy", "LUFFY"), ("rare", "entropy"))
-    curves(docs / "learning_diversity.png", of("free order"), None, ("reward", "entropy", "demonstration"))
-    bars(docs / "learning_faulty.png", of("clean", "30% faulty", "60% faulty"), "sampled", "right answers, sampled")
-    curves(docs / "learning_clip.png", of("four steps a generation"), None, ("reward", "rare"))
-    sweeps(docs / "learning_sweeps.png", of("gamma", "demonstrations", "initial probability"))
+    clean, free_order = of("clean"), of("free order")
+    faulty = [*clean, *of("30% faulty"), *of("60% faulty")]
+    draw(docs / "learning_zero_reward.png", [(curves, clean, "reward", A), (curves, clean, "rare", A)])
+    draw(docs / "learning_shaping.png", [(curves, same_rate, "rare", B), (curves, free_order, "entropy", B)])
+    ways = [(curves, free_order, metric, ALL) for metric in ("entropy", "demonstration")]
+    draw(docs / "learning_diversity.png", ways, width=6)
+    draw(docs / "learning_faulty.png", [(bars, faulty, "sampled", ALL)], width=8)
+    clip = of("four steps a generation")
+    draw(docs / "learning_clip.png", [(curves, clip, metric, ALL) for metric in ("reward", "rare")])
+    sweeps = [of(condition) for condition in ("gamma", "demonstrations", "initial probability")]
+    draw(docs / "learning_sweeps.png", [(dots, runs, "reward", ALL) for runs in sweeps])
+    draw(
+        docs / "learning.png",
+        [(curves, clean, "reward", A), (bars, faulty, "sampled", C), (curves, free_order, "entropy", C)],
+    )
 
 
-def pyplot():
+Panel = tuple[Callable[..., None], list[Result], str, tuple[str, ...]]
+
+
+def draw(path: Path, panels: list[Panel], width: float = 4.6) -> None:
+    """A picture of the panels that have runs, (function, runs, what of them, methods); none without."""
+    chosen = [
+        (panel, [run for run in runs if not methods or run["method"] in methods], what)
+        for panel, runs, what, methods in panels
+    ]
+    chosen = [one for one in chosen if one[1]]
+    if not chosen:
+        return
     import matplotlib
 
     matplotlib.use("Agg")  # no screen needed
     from matplotlib import pyplot as plt
 
-    return plt
-
-
-TITLES = {
-    "reward": "reward of sampled answers",
-    "entropy": "entropy of sampled tokens (nats)",
-    "demonstration": "probability of the demonstration",
-    "rare": "probability of its rare tokens",
-}
-
-
-def curves(path: Path, runs: list[Result], methods: tuple[str, ...] | None, metrics: tuple[str, ...]) -> None:
-    """Mean over seeds as a line, all of them within the band; no picture without runs."""
-    by_name: dict[str, list[Result]] = {}
-    for run in runs:
-        if methods is None or run["method"] in methods:
-            by_name.setdefault(f"{run['method']} {run['label']}".strip(), []).append(run)
-    if not by_name:
-        return
-    plt = pyplot()
-    figure, axes = plt.subplots(
-        1, len(metrics), figsize=(4.8 * len(metrics), 3.6), squeeze=False, constrained_layout=True
-    )
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        for name, group in by_name.items():
-            steps = group[0]["curves"]["step"]
-            series = list(zip(*(run["curves"][metric] for run in group), strict=True))
-            (line,) = ax.plot(steps, [statistics.mean(values) for values in series], label=name)
-            ax.fill_between(steps, list(map(min, series)), list(map(max, series)), color=line.get_color(), alpha=0.15)
-        scale = "log" if metric in ("rare", "demonstration") else "linear"
-        ax.set(title=TITLES[metric], xlabel="optimizer step", yscale=scale)
-        ax.grid(alpha=0.3)
-    axes[0][0].legend(fontsize="small")
+    size = (width * len(chosen), 3.6)
+    figure, axes = plt.subplots(1, len(chosen), figsize=size, squeeze=False, constrained_layout=True)
+    for ax, (panel, runs, what) in zip(axes[0], chosen, strict=True):
+        panel(ax, runs, what)
+        ax.grid(alpha=0.3, axis="y")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def bars(path: Path, runs: list[Result], column: str, title: str) -> None:
-    if not runs:
-        return
-    plt = pyplot()
-    figure, ax = plt.subplots(figsize=(8, 3.6), constrained_layout=True)
-    conditions = list(dict.fromkeys(run["condition"] for run in runs))
-    methods = list(dict.fromkeys(run["method"] for run in runs))
-    for i, condition in enumerate(conditions):
-        for j, method in enumerate(methods):
-            values = [COLUMNS[column](r) for r in runs if r["condition"] == condition and r["method"] == method]
-            if values:
-                x, mean = j + 0.27 * (i - (len(conditions) - 1) / 2), statistics.mean(values)
-                error = [[mean - min(values)], [max(values) - mean]]
-                ax.bar(x, mean, 0.25, yerr=error, capsize=2, color=f"C{i}", label=condition)
-    ax.set_xticks(range(len(methods)), methods, rotation=20)
-    ax.set(title=title, ylim=(0, 1.05))
-    handles = {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    ax.legend(handles.values(), handles.keys())
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+def color(method: str) -> str:
+    """The same in every picture."""
+    return f"C{METHODS.index(method)}"
 
 
-def sweeps(path: Path, runs: list[Result]) -> None:
-    """Mean sampled reward over the run, which is both how far and how fast, against each setting."""
-    if not runs:
-        return
-    plt = pyplot()
-    conditions = list(dict.fromkeys(run["condition"] for run in runs))
-    figure, axes = plt.subplots(
-        1, len(conditions), figsize=(4.6 * len(conditions), 3.6), squeeze=False, constrained_layout=True
-    )
-    for ax, condition in zip(axes[0], conditions, strict=True):
-        group = [run for run in runs if run["condition"] == condition]
-        labels = sorted({run["label"] for run in group}, key=float)
-        for method in dict.fromkeys(run["method"] for run in group):
-            points = [(labels.index(r["label"]), statistics.mean(r["curves"]["reward"])) for r in group
-                      if r["method"] == method]  # fmt: skip
-            ax.scatter(*zip(*points, strict=True), label=method, alpha=0.7)
-        ax.set_xticks(range(len(labels)), labels)
-        ax.set(title=f"{condition}: mean reward over the run", ylim=(-0.02, 1.02))
-        ax.legend(fontsize="small")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+def curves(ax, runs: list[Result], metric: str) -> None:
+    """Mean over seeds as a line, all of them within the band."""
+    groups = grouped(runs, lambda run: (run["method"], run["label"]))
+    several = len({method for method, _ in groups}) > 1
+    for i, ((method, label), group) in enumerate(groups.items()):
+        steps = group[0]["curves"]["step"]
+        series = list(zip(*(run["curves"][metric] for run in group), strict=True))
+        shade = color(method) if several else f"C{i}"
+        ax.plot(steps, [statistics.mean(values) for values in series], label=f"{method} {label}".strip(), color=shade)
+        ax.fill_between(steps, list(map(min, series)), list(map(max, series)), color=shade, alpha=0.15)
+    scale = "log" if metric in ("rare", "demonstration") else "linear"
+    ax.set(title=f"{TITLES[metric]}, {runs[0]['task']}", xlabel="optimizer step", yscale=scale)
+    ax.legend(fontsize="small" if len(groups) < 6 else "x-small")
+
+
+def bars(ax, runs: list[Result], column: str) -> None:
+    """Mean over seeds, and all of them within the line, by condition."""
+    groups = grouped(runs, lambda run: (run["condition"], run["method"]))
+    conditions = list(dict.fromkeys(condition for condition, _ in groups))
+    methods = sorted({method for _, method in groups}, key=METHODS.index)
+    for (condition, method), group in groups.items():
+        i, values = conditions.index(condition), [COLUMNS[column](run) for run in group]
+        x, mean = methods.index(method) + 0.27 * (i - (len(conditions) - 1) / 2), statistics.mean(values)
+        label = condition if method == methods[0] else None
+        error = [[mean - min(values)], [max(values) - mean]]
+        ax.bar(x, mean, 0.25, yerr=error, capsize=2, color=SHADES[i], edgecolor="black", linewidth=0.5, label=label)
+    ax.set_xticks(range(len(methods)), methods, rotation=15)
+    ax.set(title="share of sampled answers that are right", ylim=(0, 1.25), yticks=(0, 0.25, 0.5, 0.75, 1))
+    ax.legend(fontsize="small", ncols=3, loc="upper left", title="demonstrations", title_fontsize="small")
+
+
+def dots(ax, runs: list[Result], metric: str) -> None:
+    """Mean over the run, which is both how far and how fast, against each setting: a dot a seed."""
+    labels = sorted({run["label"] for run in runs}, key=float)
+    by_method = grouped(runs, lambda run: run["method"])
+    for i, (method, group) in enumerate(by_method.items()):
+        offset = 0.12 * (i - (len(by_method) - 1) / 2)
+        points = [(labels.index(run["label"]) + offset, statistics.mean(run["curves"][metric])) for run in group]
+        ax.scatter(*zip(*points, strict=True), label=method, color=color(method), alpha=0.7)
+    ax.set_xticks(range(len(labels)), labels)
+    ax.set(title=f"{runs[0]['condition']}: mean {metric} over the run", ylim=(-0.02, 1.02))
+    ax.legend(fontsize="small")

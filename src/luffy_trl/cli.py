@@ -52,10 +52,13 @@ def demo(argv: Sequence[str], prog: str) -> None:
         parser.error(f"--steps {args.steps} must be 1 or more")
     try:
         from .demo import run_demo
+        from .training import UsageError
 
         run_demo(args.output_dir, seed=args.seed, steps=args.steps)
     except KeyboardInterrupt:
         sys.exit(f"\nInterrupted. What was finished, if anything, is in {args.output_dir}")
+    except UsageError as error:
+        parser.error(str(error))
 
 
 def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
