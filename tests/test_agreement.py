@@ -61,6 +61,12 @@ def test_a_turn_that_ends_where_generation_does_not_stop(chat_tokenizer):
     )
 
 
+def test_a_generation_without_any_reward_is_said(make_trainer, caplog):
+    with caplog.at_level(logging.WARNING):
+        make_trainer(reward=lambda completions, **kwargs: [None] * len(completions), max_steps=1).train()
+    assert "No reward function had a reward for any completion of the first generation (all None)" in caplog.text
+
+
 def test_a_window_that_is_too_short_is_said(make_trainer, caplog):
     with caplog.at_level(logging.WARNING):
         make_trainer(max_completion_length=127)

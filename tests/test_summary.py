@@ -51,7 +51,7 @@ def test_a_run_says_what_it_does_and_what_it_did(tiny_model_dir, tmp_path, capsy
     state = json.loads((out / "trainer_state.json").read_text())
     rewards = [line["on_policy/reward"] for line in state["log_history"] if "on_policy/reward" in line]
     assert f"Reward of rollouts: {rewards[0]:.3f} when first logged, {rewards[-1]:.3f} at the end" in lines
-    assert lines[-1] == f"Curves and completions: luffy-trl report '{out}'"
+    assert lines[-1] == f"Curves: luffy-trl report '{out}'"
     steps = [line for line in state["log_history"] if "step_time" in line]
     assert len(steps) == 2
     for line in steps:  # phases are parts of the step

@@ -78,7 +78,11 @@ def test_accelerate_loads_its_configs(path):
         (["--num_demonstrations", "8", *CPU], "num_demonstrations=8 must be below num_generations=8"),
         (["--max_steps", "many"], "invalid int value: 'many'"),
         (["--no_such_field", "1"], "unknown arguments: --no_such_field 1"),
-        (["--num_demonstration", "1"], "unknown arguments: --num_demonstration 1"),  # no guessing at abbreviations
+        # no abbreviation is taken for what it may mean
+        (
+            ["--num_demonstration", "1"],
+            "unknown arguments: --num_demonstration 1 (did you mean --num_demonstrations?)",
+        ),
         (["recipes/letter_walk.yaml"], "unknown arguments: recipes/letter_walk.yaml"),
         (["--num_demonstrations", "1"], "Without a GPU, add --use_cpu --bf16 False"),
         (["--dataset_name", "some/data", *CPU], "--model_name_or_path is missing: which model"),
@@ -204,7 +208,7 @@ def test_own_data_and_own_reward(tmp_path, tiny_model_dir):
 
 @pytest.mark.slow
 def test_bad_data_is_named_before_any_step(tmp_path, tiny_model_dir):
-    rows = [{"prompt": "Da:", "completion": "b#b"}, {"prompt": "Da:", "completion": ""}]
+    rows = [{"prompt": "Da:", "completion": text, "solution": "b"} for text in ("b#b", "")]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run_ = run(
         ROOT / "train.py", "--model_name_or_path", tiny_model_dir, "--dataset_name", "data.jsonl",
@@ -333,6 +337,10 @@ def test_sft_then_rl(tiny_model_dir, tmp_path, capsys):
     assert "SFT on 16 demonstrations of 16 prompts" in capsys.readouterr().out
     main(["report", str(tmp_path / "sft"), "--output_dir", str(tmp_path / "report")])
     assert "2 panels, 0 completions" in capsys.readouterr().out
+    main([*sft, "--eval_strategy", "steps", "--eval_steps", "1", "--dataset_test_split", "train"])
+    out = capsys.readouterr().out
+    assert "eval_loss" in out
+    assert "Warning" not in out  # that run kept no checkpoint
     rl = ["train", "--model_name_or_path", str(tmp_path / "sft"), "--output_dir", str(tmp_path / "rl"), *common]
     sizes = ["--num_generations", "4", "--per_device_train_batch_size", "8", "--max_completion_length", "8"]
     main([*rl, *sizes, "--num_demonstrations", "0", "--reward_funcs", "letter_walk_reward"])
@@ -344,7 +352,9 @@ def test_sft_resumes_from_the_newest_checkpoint_that_is_whole(tiny_model_dir, tm
     sft += ["--output_dir", str(tmp_path), "--report_to", "none", *CPU, "--resume_from_checkpoint", "auto"]
     main([*sft, "--max_steps", "2"])
     (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()  # the last that is written
-    capsys.readouterr()
+    assert "Warning" not in capsys.readouterr().out
+    main([*sft[:-2], "--max_steps", "1"])
+    assert f"Warning: {tmp_path} holds checkpoint-2 of an earlier run." in capsys.readouterr().out
     main([*sft, "--max_steps", "3"])
     assert f"Resuming from {tmp_path / 'checkpoint-1'}" in capsys.readouterr().out
     state = json.loads((tmp_path / "trainer_state.json").read_text())
@@ -376,6 +386,40 @@ def test_data_that_cannot_be_used_is_one_line(tiny_model_dir, tmp_path, capsys):
     assert stop.value.code == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert line.startswith("luffy-trl train: error: None of the 1 prompts has a usable demonstration")
+
+
+def table(tmp_path, **columns) -> str:
+    path = tmp_path / "table.jsonl"
+    Dataset.from_dict(columns).to_json(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "reward", "message"),
+    [
+        ({"answer": ["b"]}, "accuracy_reward", "accuracy_reward needs the column 'solution', and --dataset_name"),
+        ({"answer": ["b"]}, "math_reward", "math_reward needs the column 'solution'"),
+        ({"solution": ["b"]}, "accuracy_reward", "accuracy_reward reads conversations, and the prompts of"),
+    ],
+)
+def test_what_a_reward_cannot_read_is_said_before_training(columns, reward, message, tiny_model_dir, tmp_path, capsys):
+    data = table(tmp_path, prompt=["Da:"], completion=["b"], **columns)
+    flags = ["--model_name_or_path", str(tiny_model_dir), "--dataset_name", data, "--reward_funcs", reward]
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *flags, *CPU, "--report_to", "none", "--output_dir", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answers", [[56, 21], [5.5, 2.0]])
+def test_numbers_in_solution_are_read_as_text(answers, chat_model_dir, tmp_path, capsys):
+    boxed = [f"It is \\boxed{{{answer}}}" for answer in answers]
+    data = table(tmp_path, prompt=["7 * 8?", "12 + 9?"], completion=boxed, solution=answers)
+    sizes = ["--num_generations", "2", "--per_device_train_batch_size", "4", "--max_completion_length", "24"]
+    flags = ["--model_name_or_path", str(chat_model_dir), "--dataset_name", data, "--max_steps", "1", *sizes]
+    flags += ["--reward_funcs", "math_reward_optional_thought", "--output_dir", str(tmp_path / "out"), *CPU]
+    main(["train", *flags, "--report_to", "none", "--logging_steps", "1"])
+    assert "Reward of demonstrations: 1.000 when first logged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["train", "sft"])

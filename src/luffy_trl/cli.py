@@ -2,6 +2,8 @@
 
 import argparse
 import atexit
+import difflib
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -61,6 +63,21 @@ def demo(argv: Sequence[str], prog: str) -> None:
         parser.error(str(error))
 
 
+def _interruptible(function: Callable) -> Callable:
+    """Ctrl-C ends the command with one line, while libraries are being imported too."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt as interrupt:
+            print(f"\nInterrupted {interrupt or 'before the training began'}.", file=sys.stderr)
+            sys.exit(INTERRUPTED_STATUS)
+
+    return wrapper
+
+
+@_interruptible
 def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     quiet_libraries()
     from .config import LuffyConfig
@@ -69,6 +86,7 @@ def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     _start(argv, prog, "Train a model with LUFFY.", LuffyConfig, check_arguments, run)
 
 
+@_interruptible
 def sft(argv: Sequence[str] | None, prog: str) -> None:
     from .sft import LuffySFTConfig, check_sft_arguments, run_sft
 
@@ -93,9 +111,6 @@ def _start(
     except RunStopped as stopped:
         print(f"\n{stopped} The same command with --resume_from_checkpoint auto goes on from there.", file=sys.stderr)
         _end(STOPPED_STATUS)
-    except KeyboardInterrupt as interrupt:
-        print(f"\nInterrupted {interrupt or 'before the training began'}.", file=sys.stderr)
-        sys.exit(INTERRUPTED_STATUS)
     trainer.accelerator.end_training()
     _end(0)
 
@@ -138,7 +153,10 @@ def _parse(argv: list[str], prog: str, summary: str, config_class: type, check: 
     config = argv.index("--config") if "--config" in argv else len(argv)
     _, unknown = parser.parse_known_args(argv[:config] + argv[config + 2 :])
     if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = [match for flag in unknown for match in difflib.get_close_matches(flag.split("=")[0], known, n=1)]
+        hint = f" (did you mean {', '.join(near)}?)" if near else ""
+        parser.error(f"unknown arguments: {' '.join(unknown)}{hint}")
     try:
         script_args, training_args, model_args = parser.parse_args_and_config(argv)
         check(script_args, model_args)
@@ -146,7 +164,7 @@ def _parse(argv: list[str], prog: str, summary: str, config_class: type, check: 
     except (ValueError, OSError, yaml.YAMLError) as error:
         hint = " Without a GPU, add --use_cpu --bf16 False." if "use_cpu" in str(error) else ""
         parser.error(f"{error}{hint}")
-    command = shown_command([prog, *argv], known_secrets(training_args.hub_token))
+    command = shown_command([*prog.split(), *argv], known_secrets(training_args.hub_token))
     return script_args, training_args, model_args, command
 
 

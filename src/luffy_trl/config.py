@@ -276,13 +276,16 @@ class LuffyConfig(NoTokenInPickles, GRPOConfig):
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(f"{name}=True does nothing without push_to_hub=True. Set both, or neither.")
 
+        if self.num_demonstrations > 0 and self.generation_batch_size is None:
+            # Before TRL's own check, whose message names fields that are derived
+            self._check_demonstrations_can_be_placed(self.steps_per_generation or self.gradient_accumulation_steps)
         super().__post_init__()
 
         if self.device.type == "cpu":
             # Accelerate's name for it in a distributed run is "cpu:0", which torch.load does not know: no resuming
             self._setup_devices = torch.device("cpu")
         if self.num_demonstrations > 0:
-            self._check_demonstrations_can_be_placed()
+            self._check_demonstrations_can_be_placed(self.steps_per_generation)
         if self.trim_padding is None:
             self.trim_padding = self.num_demonstrations > 0
         if self.skip_zero_advantages:
@@ -305,12 +308,12 @@ class LuffyConfig(NoTokenInPickles, GRPOConfig):
                     "an advantage would be missed there."
                 )
 
-    def _check_demonstrations_can_be_placed(self):
-        rows = self.per_device_train_batch_size * self.steps_per_generation
+    def _check_demonstrations_can_be_placed(self, steps_per_generation: int):
+        rows = self.per_device_train_batch_size * steps_per_generation
         if rows % self.num_generations != 0:
             raise ValueError(
                 f"Each process generates {rows} completions at a time (per_device_train_batch_size="
-                f"{self.per_device_train_batch_size} x steps_per_generation={self.steps_per_generation}), which is "
+                f"{self.per_device_train_batch_size} x steps_per_generation={steps_per_generation}), which is "
                 f"not a multiple of num_generations={self.num_generations}. A group with demonstrations must not be "
                 "split between processes: raise gradient_accumulation_steps (or steps_per_generation) or "
                 "per_device_train_batch_size."

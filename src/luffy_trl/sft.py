@@ -21,6 +21,7 @@ from .training import (
     load_split,
     model_options,
     train_until_stopped,
+    warn_of_checkpoints,
 )
 
 
@@ -112,11 +113,20 @@ def run_sft(
                 f"{', '.join(dataset.column_names)}."
             )
         checkpoint = resume_point(training_args.resume_from_checkpoint, training_args.output_dir)
+        warn_of_checkpoints(training_args)
         rows = to_prompt_completion(dataset)
         if len(rows) == 0:
             raise ValueError(f"--dataset_name {dataset_name}: none of its {len(dataset)} rows has a demonstration.")
 
-        trainer = SFTTrainer(args=training_args, train_dataset=rows, **model_options(model_args, training_args))
+        eval_rows = None
+        if training_args.eval_strategy != "no":
+            eval_rows = to_prompt_completion(load_split(splits, script_args.dataset_test_split, dataset_name))
+        trainer = SFTTrainer(
+            args=training_args,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            **model_options(model_args, training_args),
+        )
     trainer.accelerator.print(f"SFT on {len(rows)} demonstrations of {len(dataset)} prompts")
     if checkpoint is not None:
         trainer.accelerator.print(f"Resuming from {checkpoint}")

@@ -64,8 +64,12 @@ def end_summary(trainer: LuffyTrainer) -> str:
         values = [line[metric] for line in history if metric in line]
         if values:
             lines.append(f"Reward of {name}: {values[0]:.3f} when first logged, {values[-1]:.3f} at the end")
+    evaluated = [line["eval_reward"] for line in history if "eval_reward" in line]
+    if evaluated:
+        lines.append(f"Reward in evaluation: {evaluated[0]:.3f} at first, {evaluated[-1]:.3f} at last")
     lines.append(f"Saved the model, its tokenizer and its card to {directory}")
-    lines.append(f"Curves and completions: luffy-trl report {shlex.quote(str(directory))}")
+    shown = "Curves and completions" if trainer.args.log_completions else "Curves"
+    lines.append(f"{shown}: luffy-trl report {shlex.quote(str(directory))}")
     return "\n".join(lines)
 
 

@@ -762,6 +762,12 @@ class LuffyTrainer(HubTrainer):
             scored = rewards[rows & ~rewards.isnan()]
             if scored.numel() > 0:
                 metrics[name].append(scored.mean().item())
+        if self.state.global_step == 0 and rewards.isnan().all():
+            logger.warning_once(
+                "No reward function had a reward for any completion of the first generation (all None), so nothing is "
+                "learned from it. TRL's accuracy rewards give None for a `solution` that they cannot read: it must be "
+                "text that holds the answer alone."
+            )
         graded = rewards[is_demonstration & ~rewards.isnan()]
         if self.state.global_step == 0 and graded.numel() > 0 and (graded <= 0).all():
             logger.warning_once(

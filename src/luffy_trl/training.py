@@ -14,6 +14,7 @@ from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
+from .checkpoints import NONE, checkpoints
 from .config import LuffyConfig
 from .data.contract import to_contract
 from .data.loading import check_file, choose_split, load_splits
@@ -22,7 +23,8 @@ from .imports import named_function
 from .model_card import CardFacts
 from .recipe import as_yaml, given_fields
 from .redact import known_secrets
-from .rewards import choice_reward, format_reward, math_reward
+from .reward_inputs import check_reward_inputs, with_text_solutions
+from .rewards import choice_reward, format_reward, math_reward, math_reward_optional_thought
 from .stopping import RunStopped, StopAtStep
 from .summary import StartSummary, finish
 from .tasks.letter_walk import letter_walk_reward, split_walks, to_dataset
@@ -33,6 +35,7 @@ from .trainer import LuffyTrainer
 EMBEDDED_TASK = "letter_walk"
 REWARD_FUNCS: dict[str, Callable] = {
     "math_reward": math_reward,
+    "math_reward_optional_thought": math_reward_optional_thought,
     "choice_reward": choice_reward,
     "format_reward": format_reward,
     "accuracy_reward": accuracy_reward,
@@ -61,10 +64,10 @@ class LuffyScriptArguments(ScriptArguments):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "One or more reward functions, summed: 'math_reward', 'choice_reward', 'format_reward', "
-            "'accuracy_reward', 'reasoning_accuracy_reward', 'think_format_reward' (TRL's), 'letter_walk_reward', or "
-            "a dotted path such as my_rewards.my_function, found from the working directory. Needed for every dataset "
-            "but the embedded one."
+            "help": "One or more reward functions, summed: 'math_reward', 'math_reward_optional_thought' (without the "
+            "need of a '</think>'), 'choice_reward', 'format_reward', 'accuracy_reward', 'reasoning_accuracy_reward', "
+            "'think_format_reward' (TRL's), 'letter_walk_reward', or a dotted path such as my_rewards.my_function, "
+            "found from the working directory. Needed for every dataset but the embedded one."
         },
     )
 
@@ -144,6 +147,8 @@ def run(
         eval_dataset = None
         if training_args.eval_strategy != "no":
             eval_dataset = load_split(splits, script_args.dataset_test_split, dataset_name)
+        check_reward_inputs(reward_funcs, train_dataset, "--reward_funcs", f"--dataset_name {dataset_name}")
+        warn_of_checkpoints(training_args)
 
         trainer = LuffyTrainer(
             args=training_args,
@@ -188,6 +193,16 @@ def base_model(name: str | None, output_dir: str, seed: int) -> str:
     # the underscore keeps it out of a push to the Hub
     with PartialState().main_process_first():
         return str(load_or_pretrain(Path(output_dir) / f"_base-seed{seed}", seed))
+
+
+def warn_of_checkpoints(training_args: LuffyConfig | SFTConfig) -> None:
+    """Of another run in the same place: they would be mixed, on disk and in a report."""
+    directory, earlier = training_args.output_dir, checkpoints(training_args.output_dir)
+    if earlier and training_args.resume_from_checkpoint in NONE:
+        PartialState().print(
+            f"Warning: {directory} holds {earlier[0].name} of an earlier run. --resume_from_checkpoint auto goes on "
+            "from it; a new run belongs in another --output_dir."
+        )
 
 
 def model_options(model_args: ModelConfig, training_args: LuffyConfig | SFTConfig) -> dict[str, Any]:
@@ -277,17 +292,21 @@ def load_dataset_splits(name: str, script_args: ScriptArguments, seed: int) -> M
     """All splits of the embedded task, a file, a directory or a Hub dataset."""
     if name == EMBEDDED_TASK:
         return {split: to_dataset(walks) for split, walks in split_walks(seed=seed).items()}
-    return load_splits(
-        name,
-        f"--dataset_name {name}",
-        script_args.dataset_config,
-        script_args.dataset_streaming,
-        only_split=script_args.dataset_train_split,
-    )
+    where = f"--dataset_name {name}"
+    try:
+        return load_splits(
+            name,
+            where,
+            script_args.dataset_config,
+            script_args.dataset_streaming,
+            only_split=script_args.dataset_train_split,
+        )
+    except OSError as error:
+        raise ValueError(f"{where}: no such file or directory here, nor to be had from the Hub: {error}") from error
 
 
 def load_split(splits: Mapping[str, Dataset | IterableDataset], split: str, name: str) -> Dataset | IterableDataset:
     """One split, in the columns of the data contract."""
     where = f"--dataset_name {name}"
     dataset = choose_split(splits, split, where, "--dataset_train_split and --dataset_test_split")
-    return to_contract(dataset, where)
+    return with_text_solutions(to_contract(dataset, where))

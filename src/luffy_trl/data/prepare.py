@@ -77,8 +77,10 @@ def _prepare(args: argparse.Namespace, argv: Sequence[str]) -> None:
     print(f"\n{text_table(['', 'rows', 'demonstrations'], table)}\n")
     if tally.kept["rows"] == 0:
         print(f"Nothing was kept: the reasons are above, and those of each row in {DROPPED_FILE}.")
-    print(f"Dataset, card and {DROPPED_FILE}: {args.output_dir}")
-    print(f"Train on it with: train.py --dataset_name {args.output_dir} --reward_funcs math_reward ...", flush=True)
+    print(f"Dataset, card and {DROPPED_FILE}: {args.output_dir}", flush=True)
+    if tally.kept["rows"] > 0:
+        reward = "math_reward" if _thought(args, schema) == "required" else "math_reward_optional_thought"
+        print(f"Train on it with: train.py --dataset_name {args.output_dir} --reward_funcs {reward} ...", flush=True)
 
 
 def _push(args: argparse.Namespace) -> None:
@@ -207,6 +209,11 @@ class _LeavesCtrlC:
         return self.screener(batch, indices)
 
 
+def _thought(args: argparse.Namespace, schema: Schema) -> Thought:
+    """Which part of a demonstration is judged."""
+    return args.thought or ("optional" if schema.conversational is None else "required")
+
+
 def _finish(
     args: argparse.Namespace,
     screened: Dataset | IterableDataset,
@@ -216,7 +223,6 @@ def _finish(
     result: Path,
 ) -> Tally:
     """Verify, deduplicate, count and write, batch by batch."""
-    thought: Thought = args.thought or ("optional" if schema.conversational is None else "required")
     verify = None if args.no_verify else "source" if args.trust_source else "answers"
     total = None if isinstance(screened, IterableDataset) else len(screened)
     with (
@@ -226,7 +232,7 @@ def _finish(
     ):
         finish = Finisher(
             verify,
-            thought,
+            _thought(args, schema),
             not args.no_deduplicate,
             args.max_demonstrations,
             conversational,

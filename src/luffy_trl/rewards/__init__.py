@@ -2,7 +2,15 @@
 
 from .choice import choice_letter
 from .completions import answer_part
-from .functions import ChoiceReward, FormatReward, MathReward, choice_reward, format_reward, math_reward
+from .functions import (
+    ChoiceReward,
+    FormatReward,
+    MathReward,
+    choice_reward,
+    format_reward,
+    math_reward,
+    math_reward_optional_thought,
+)
 from .verification import verify_math
 
 
@@ -15,5 +23,6 @@ __all__ = [
     "choice_reward",
     "format_reward",
     "math_reward",
+    "math_reward_optional_thought",
     "verify_math",
 ]

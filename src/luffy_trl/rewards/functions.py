@@ -65,6 +65,7 @@ class MathReward(_AnswerReward):
     """
 
     __name__ = "math_reward"
+    columns = ("solution",)  # of the dataset, without which it is an error to call it
 
     def __init__(
         self,
@@ -114,6 +115,7 @@ class ChoiceReward(_AnswerReward):
     """
 
     __name__ = "choice_reward"
+    columns = ("solution",)  # of the dataset, without which it is an error to call it
 
     def __call__(
         self,
@@ -171,5 +173,7 @@ def check_solutions(name: str, solution: Sequence[str | None] | None, completion
 
 
 math_reward = MathReward()
+math_reward_optional_thought = MathReward(thought="optional")
+math_reward_optional_thought.__name__ = "math_reward_optional_thought"
 choice_reward = ChoiceReward()
 format_reward = FormatReward()
