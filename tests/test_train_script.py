@@ -81,7 +81,7 @@ def test_accelerate_loads_its_configs(path):
         # no abbreviation is taken for what it may mean
         (
             ["--num_demonstration", "1"],
-            "unknown arguments: --num_demonstration 1 (did you mean --num_demonstrations?)",
+            "--num_demonstration 1 (did you mean --num_demonstrations?)",
         ),
         (["recipes/letter_walk.yaml"], "unknown arguments: recipes/letter_walk.yaml"),
         (["--num_demonstrations", "1"], "Without a GPU, add --use_cpu --bf16 False"),

@@ -101,8 +101,10 @@ def draw_curves(path: Path, log_history: Sequence[Mapping[str, float]]) -> bool:
 def recipe_section(facts: CardFacts) -> str:
     parts = []
     if facts.recipe:
-        parts.append(f"With this as `recipe.yaml`, `train.py --config recipe.yaml` repeats the run:\n\n```yaml\n"
-                     f"{facts.recipe.strip()}\n```")  # fmt: skip
+        parts.append(
+            "With this as `recipe.yaml`, `train.py --config recipe.yaml` repeats the run (of a path on the machine it "
+            f"ran on only the last name is given):\n\n```yaml\n{facts.recipe.strip()}\n```"
+        )
     if facts.command:
         parts.append(f"The command was\n\n```bash\n{facts.command}\n```")
     return "\n\n".join(parts)
