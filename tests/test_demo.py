@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from luffy_trl.demo import READING, run_demo
+from luffy_trl.demo import READING, reading, run_demo
 from luffy_trl.tasks.letter_walk import split_walks
 from luffy_trl.tasks.letter_walk_base import accuracy
 from luffy_trl.training import UsageError
@@ -59,3 +59,11 @@ def test_luffy_learns_what_grpo_cannot(tmp_path, capsys):
     walks = split_walks(test_size=512, seed=0)["test"]
     assert accuracy(model, tokenizer, walks) == results["LUFFY"]["accuracy_5"]
     assert "Learning to Reason under Off-Policy Guidance" in (tmp_path / "luffy" / "README.md").read_text()
+
+
+def test_a_run_that_was_too_short_is_not_read_anything_into():
+    def results(**accuracies):
+        return {name: {"accuracy_5": accuracy} for name, accuracy in accuracies.items()}
+
+    assert reading(results(GRPO=0.0, LUFFY=1.0, SFT=0.98)) == READING
+    assert reading(results(GRPO=0.0, LUFFY=0.0, SFT=0.67)).startswith("This run shows nothing yet")
