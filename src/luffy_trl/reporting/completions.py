@@ -23,7 +23,6 @@ class Completion:
     rewards: dict[str, float | None]
     advantage: float | None
     demonstration: bool
-    conversational: bool = False
     tokens: list[tuple[str, float | None]] = field(default_factory=list)  # text, probability: see token_probs.py
 
 
@@ -140,11 +139,8 @@ def _completion(row: dict[str, Any]) -> Completion:
         for name, reward in row.items()
         if name not in OTHER_COLUMNS and (reward is None or isinstance(reward, int | float))
     }
-    conversational = isinstance(value, list)
-    text = "".join(map(message_text, value)) if conversational else str(value)
-    return Completion(
-        text, rewards, _number(row.get("advantage")), bool(row.get("demonstration")), conversational=conversational
-    )
+    text = "".join(map(message_text, value)) if isinstance(value, list) else str(value)
+    return Completion(text, rewards, _number(row.get("advantage")), bool(row.get("demonstration")))
 
 
 def _number(value: Any) -> float | None:
