@@ -24,7 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 from update_phase import make_groups, make_model, make_tokenizer, reward, to_text
 
 from luffy_trl import LuffyConfig, LuffyTrainer
-from luffy_trl.tables_and_curves import text_table
+from luffy_trl.reporting.tables_and_curves import text_table
 
 
 def make_trainer(trainer_class: type, config_class: type, groups: list[dict], args, directory: str, **more):

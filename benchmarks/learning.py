@@ -29,15 +29,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: two processes beat
 
 import datasets
 import torch
+from free_order import sample_free_order_walk
 from learning_report import write_report
 from transformers import AutoTokenizer, logging, set_seed
+from variants import demonstrate
 
-from luffy_trl.comparison import GROUP_SIZE, METHODS, PROMPTS_PER_STEP, make_trainer
-from luffy_trl.tasks.free_order import sample_free_order_walk
+from luffy_trl.commands.comparison import GROUP_SIZE, METHODS, PROMPTS_PER_STEP, make_trainer
 from luffy_trl.tasks.letter_walk import distinct_walks, letter_walk_reward, sample_walk
 from luffy_trl.tasks.letter_walk_base import accuracy, load_or_pretrain
 from luffy_trl.tasks.probe import Probe
-from luffy_trl.tasks.variants import demonstrate
 
 
 TRAINED, LENGTHS = 5, (3, 5, 6, 7)

@@ -25,9 +25,9 @@ from datasets import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from luffy_trl import LuffyConfig, LuffyTrainer
-from luffy_trl.demonstrations import ROW_COLUMN
-from luffy_trl.replay import ReplayBuffer, Trajectory
-from luffy_trl.sources import ReplaySource
+from luffy_trl.demonstrations.encoding import ROW_COLUMN
+from luffy_trl.demonstrations.replay import ReplayBuffer, Trajectory
+from luffy_trl.demonstrations.sources import ReplaySource
 from luffy_trl.tasks.letter_walk import build_tokenizer
 
 

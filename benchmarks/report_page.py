@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from luffy_trl.reporting.command import PAGE, report
+from luffy_trl.commands.report import PAGE, report
 from luffy_trl.reporting.panels import PANELS
 
 

@@ -24,9 +24,9 @@ from pathlib import Path
 import pandas as pd
 from trl.rewards import reasoning_accuracy_reward
 
+from luffy_trl.reporting.tables_and_curves import text_table
 from luffy_trl.rewards import math_reward
 from luffy_trl.rewards.pool import default_workers
-from luffy_trl.tables_and_curves import text_table
 
 
 REWARDS = {"TRL": reasoning_accuracy_reward, "LUFFY": math_reward}

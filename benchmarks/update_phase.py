@@ -42,7 +42,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import compute_flops_per_token, get_peak_flops
 
 from luffy_trl import LuffyConfig, LuffyTrainer
-from luffy_trl.tables_and_curves import text_table
+from luffy_trl.reporting.tables_and_curves import text_table
 
 
 ROLLOUT_MEAN, DEMONSTRATION_MEAN, LONGEST = 2832, 4500, 8192

@@ -44,8 +44,8 @@ def weights(content: bytes) -> list:
 def push_with_fault(output_dir: Path, endpoint: str, name: str) -> dict:
     from huggingface_hub import HfApi
 
-    from luffy_trl.hub import Push
-    from luffy_trl.hub_queue import PushQueue, what_is_missing
+    from luffy_trl.hub.queue import PushQueue, what_is_missing
+    from luffy_trl.hub.upload import Push
 
     directory = output_dir.parent / f"{endpoint}-{name}"
     shutil.copytree(output_dir, directory)
@@ -112,7 +112,7 @@ LOCAL = {"main": ".", "step-1": "checkpoint-1", "step-2": "checkpoint-2"}
 
 
 def push_later(output_dir: Path, *flags: str) -> int:
-    from luffy_trl.cli import main
+    from luffy_trl.commands.cli import main
 
     try:
         main(["push", str(output_dir), "--retry_seconds", "0", *flags])

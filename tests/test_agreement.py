@@ -5,7 +5,7 @@ import logging
 import pytest
 from datasets import Dataset
 
-from luffy_trl.agreement import disagreements
+from luffy_trl.demonstrations.agreement import disagreements
 
 
 CLOSED = "{% for m in messages %}{{ m['content'] + '<|endoftext|>' }}{% endfor %}"

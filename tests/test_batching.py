@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from luffy_trl.batching import drop_zero_advantages, optimizer_steps, order_by_length, pack, trim, unpack
+from luffy_trl.padding.micro_batches import drop_zero_advantages, optimizer_steps, order_by_length, pack, trim, unpack
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
 from .test_trainer import with_demonstrations

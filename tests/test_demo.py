@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from luffy_trl.demo import READING, reading, run_demo
+from luffy_trl.commands.demo import READING, reading_of, run_demo
+from luffy_trl.commands.inputs import UsageError
 from luffy_trl.tasks.letter_walk import split_walks
 from luffy_trl.tasks.letter_walk_base import accuracy
-from luffy_trl.training import UsageError
 
 
 @pytest.mark.parametrize(
@@ -65,5 +65,5 @@ def test_a_run_that_was_too_short_is_not_read_anything_into():
     def results(**accuracies):
         return {name: {"accuracy_5": accuracy} for name, accuracy in accuracies.items()}
 
-    assert reading(results(GRPO=0.0, LUFFY=1.0, SFT=0.98)) == READING
-    assert reading(results(GRPO=0.0, LUFFY=0.0, SFT=0.67)).startswith("This run shows nothing yet")
+    assert reading_of(results(GRPO=0.0, LUFFY=1.0, SFT=0.98)) == READING
+    assert reading_of(results(GRPO=0.0, LUFFY=0.0, SFT=0.67)).startswith("This run shows nothing yet")

@@ -6,7 +6,7 @@ from array import array
 import pytest
 from datasets.fingerprint import Hasher
 
-from luffy_trl.demonstrations import (
+from luffy_trl.demonstrations.encoding import (
     DROPPED_COLUMN,
     IDS_COLUMN,
     LOGPS_COLUMN,

@@ -15,7 +15,7 @@ import pytest
 from trl import GRPOConfig
 
 from luffy_trl import LuffyConfig
-from luffy_trl.training import LuffyScriptArguments
+from luffy_trl.commands.inputs import LuffyScriptArguments
 
 from .test_train_script import build_text_model
 
@@ -75,7 +75,7 @@ def test_the_quickstart_goes_from_a_table_to_a_trained_model(tmp_path):
             continue
         code = code.replace("Qwen/Qwen2.5-0.5B-Instruct", "model").replace("\\\n", " ")
         code = code.replace("--max_steps 40", "--max_steps 1 --use_cpu --bf16 False").replace("256", "64")
-        code = re.sub(r"^luffy-trl ", f"{shlex.quote(sys.executable)} -m luffy_trl.cli ", code, flags=re.MULTILINE)
+        code = re.sub(r"^luffy-trl ", f"{shlex.quote(sys.executable)} -m luffy_trl ", code, flags=re.MULTILINE)
         command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
         result = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False

@@ -18,12 +18,12 @@ from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from luffy_trl.commands.eval import main
 from luffy_trl.evaluation import EvaluationError, tables
 from luffy_trl.evaluation.catalog import TASKS, Catalog, configure
-from luffy_trl.evaluation.command import main
 from luffy_trl.evaluation.documents import shuffled_choices, to_documents
 from luffy_trl.evaluation.samples import Sample, SampleStore, prompt_hash
-from luffy_trl.evaluation.scoring import judge
+from luffy_trl.evaluation.scoring import judge_responses
 from luffy_trl.evaluation.tables import Summary, summarize
 from luffy_trl.evaluation.templates import TEXT_TEMPLATES
 
@@ -156,7 +156,7 @@ def test_interrupted_and_killed_runs_go_on_where_they_were(model_dir, data_file,
 
     def run_until(number: int, kill: signal.Signals) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, "-c", "from luffy_trl.cli import main; main()", "eval", *command],
+            [sys.executable, "-c", "from luffy_trl.commands.cli import main; main()", "eval", *command],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         path = output / "samples" / "luffy_aime24.jsonl"
@@ -362,12 +362,12 @@ def test_options_are_shuffled_the_same_everywhere():
     ],
 )
 def test_what_is_graded_of_a_response(response, thought, verdict):
-    [judged] = judge("math", [response], ["2"], thought)
+    [judged] = judge_responses("math", [response], ["2"], thought)
     assert (judged.answer, judged.correct) == verdict
 
 
 def test_a_choice_is_its_letter():
-    verdicts = judge("choice", ["B </think> \\boxed{C}", "I cannot say."], ["C", "C"], "optional")
+    verdicts = judge_responses("choice", ["B </think> \\boxed{C}", "I cannot say."], ["C", "C"], "optional")
     assert [(v.answer, v.correct) for v in verdicts] == [("C", True), (None, False)]
 
 

@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
 from luffy_trl import LuffyConfig
-from luffy_trl.cli import main
-from luffy_trl.hub import Push, check_weights, is_pushed
-from luffy_trl.hub_errors import PushError, with_retries
-from luffy_trl.hub_queue import PushQueue, Record, what_is_missing
-from luffy_trl.model_card import card_for_hub, prompting
-from luffy_trl.recipe import shown_command
-from luffy_trl.redact import holds_secret, known_secrets, redact, redact_values
-from luffy_trl.sft import LuffySFTConfig
-from luffy_trl.training import LuffyScriptArguments
+from luffy_trl.commands.cli import main
+from luffy_trl.commands.inputs import LuffyScriptArguments
+from luffy_trl.commands.sft import LuffySFTConfig
+from luffy_trl.hub.card import card_for_hub, prompting
+from luffy_trl.hub.errors import PushError, with_retries
+from luffy_trl.hub.queue import PushQueue, Record, what_is_missing
+from luffy_trl.hub.upload import Push, check_weights, is_pushed
+from luffy_trl.runs.recipe import shown_command
+from luffy_trl.runs.redaction import holds_secret, known_secrets, redact, redact_values
 
 from .hub_server import PUSH_ENDPOINTS, TOKEN, HubServer
 from .run_hub import FAULTS
@@ -43,7 +43,7 @@ def run(hub: HubServer, *command, **environment: str) -> subprocess.CompletedPro
 
 
 def push(hub: HubServer, *arguments, **environment: str) -> subprocess.CompletedProcess:
-    return run(hub, "-m", "luffy_trl.cli", "push", *arguments, **environment)
+    return run(hub, "-m", "luffy_trl", "push", *arguments, **environment)
 
 
 TRAIN = [

@@ -9,11 +9,11 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from free_order import FreeOrderWalk, sample_free_order_walk
+from variants import demonstrate
 
-from luffy_trl.tasks.free_order import FreeOrderWalk, sample_free_order_walk
 from luffy_trl.tasks.letter_walk import LETTERS, answered, letter_walk_reward, split_walks
 from luffy_trl.tasks.letter_walk_base import PretrainingRows
-from luffy_trl.tasks.variants import demonstrate
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

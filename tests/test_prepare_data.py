@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from luffy_trl.cli import main
+from luffy_trl.commands.cli import main
 from luffy_trl.data.contract import to_contract
 from luffy_trl.data.filters import BenchmarkIndex, normalize_problem, problem_key, word_ngrams
 from luffy_trl.data.loading import load_splits
@@ -512,7 +512,7 @@ def hub(monkeypatch):
 def push(tmp_path, repo_id):
     write(tmp_path / "d.jsonl", [luffy("a", trace(1), "1")])
     arguments = ["d.jsonl", "--no-length", "--output-dir", "out", "--push-to-hub", repo_id]
-    return run("-m", "luffy_trl.cli", "prepare-data", *arguments, cwd=tmp_path)
+    return run("-m", "luffy_trl", "prepare-data", *arguments, cwd=tmp_path)
 
 
 def test_a_push_sends_the_whole_dataset_to_a_private_repository(tmp_path, hub):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from luffy_trl import LuffyTrainer
-from luffy_trl.cli import main
+from luffy_trl.commands.cli import main
 
 
 QUESTION = {"role": "user", "content": "What is 7 * 8?"}

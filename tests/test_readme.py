@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from luffy_trl.demo import READING
+from luffy_trl.commands.demo import READING
 from luffy_trl.shaping import SHAPINGS
 
 from .test_train_script import build_text_model

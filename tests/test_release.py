@@ -26,7 +26,13 @@ def test_the_wheel_holds_all_files_of_the_package(tmp_path):
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert expected <= names
-    for needed in ("py.typed", "templates/model_card.md", "evaluation/paper.yaml", "evaluation/tasks/aime24.yaml"):
+    for needed in (
+        "py.typed",
+        "hub/model_card.md",
+        "reporting/report.html",
+        "evaluation/paper.yaml",
+        "evaluation/tasks/aime24.yaml",
+    ):
         assert f"luffy_trl/{needed}" in names
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from luffy_trl.demonstrations import Demonstration
-from luffy_trl.replay import ReplayBuffer, Trajectory
+from luffy_trl.demonstrations.encoding import Demonstration
+from luffy_trl.demonstrations.replay import ReplayBuffer, Trajectory
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
 from .run_two_processes import letters_reward

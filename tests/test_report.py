@@ -12,9 +12,9 @@ import torch
 from tokenizers.processors import ByteLevel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from luffy_trl.cli import main
+from luffy_trl.commands.cli import main
+from luffy_trl.reporting.logs import read_run
 from luffy_trl.reporting.panels import bounds, filled_panels, thinned, ticks
-from luffy_trl.reporting.runs import read_run
 from luffy_trl.reporting.token_probs import pieces
 
 from .conftest import save_tiny_qwen2

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import luffy_trl.training
+import luffy_trl.commands.train
 from luffy_trl import LuffyTrainer
-from luffy_trl.checkpoints import UNFINISHED, checkpoints, damage, find_checkpoint, newest_complete
-from luffy_trl.cli import main
+from luffy_trl.commands.cli import main
+from luffy_trl.runs.checkpoints import UNFINISHED_DIR, checkpoints, damage, find_checkpoint, newest_complete
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
 from .conftest import SMALL_RUN
@@ -86,7 +86,7 @@ def test_complete_damaged_and_unfinished_checkpoints(make_trainer, tmp_path, cap
     out = tmp_path / "out"
     assert [path.name for path in checkpoints(out)] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
     assert [damage(path) for path in checkpoints(out)] == [None] * 3
-    assert not (out / UNFINISHED / "checkpoint-3").exists()
+    assert not (out / UNFINISHED_DIR / "checkpoint-3").exists()
 
     weights = out / "checkpoint-3" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -148,7 +148,7 @@ def test_a_run_killed_again_and_again_finishes(arguments, tmp_path):
     for kill in range(KILLS):
         before = newest_complete(out) if out.exists() else None
         process = start(command, start_new_session=True)
-        unfinished = out / UNFINISHED
+        unfinished = out / UNFINISHED_DIR
         wait_until(lambda: newest_complete(out) != before if out.exists() else False, process)  # noqa: B023
         time.sleep(rng.uniform(0, 0.5))
         if kill % 2:
@@ -214,7 +214,7 @@ def test_a_signal_after_the_last_step_costs_nothing(arguments, tmp_path, monkeyp
         def on_train_end(self, *args, **kwargs):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(luffy_trl.training, "StartSummary", lambda trainer, name: SignalAtTheEnd())
+    monkeypatch.setattr(luffy_trl.commands.train, "StartSummary", lambda trainer, name: SignalAtTheEnd())
     main(["train", *arguments(max_steps=2, save_strategy="no")])
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert "Stopped" not in capsys.readouterr().err
@@ -339,7 +339,7 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(arguments, tmp_
     assert "Raised while checkpoint-2 was saved. Earlier checkpoints are as they were." in output
     assert [path.name for path in checkpoints(out)] == ["checkpoint-1"]
     assert damage(out / "checkpoint-1") is None
-    assert not (out / UNFINISHED).exists()
+    assert not (out / UNFINISHED_DIR).exists()
     assert load_file(out / "checkpoint-1" / "model.safetensors")
 
 

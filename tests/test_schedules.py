@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
-from luffy_trl.demonstrations import Demonstration
-from luffy_trl.schedules import demonstration_weight, prefix_ratio
+from luffy_trl.demonstrations.encoding import Demonstration
+from luffy_trl.demonstrations.schedules import demonstration_weight, prefix_ratio
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from luffy_trl.cli import main
-from luffy_trl.quiet import quiet_libraries
-from luffy_trl.summary import (
+from luffy_trl.commands.cli import main
+from luffy_trl.commands.summary import (
     Parameters,
     StartSummary,
     batch_arithmetic,
@@ -20,6 +19,7 @@ from luffy_trl.summary import (
     start_summary,
     state_bytes,
 )
+from luffy_trl.runs.quiet import quiet_libraries
 
 
 @pytest.fixture(autouse=True)

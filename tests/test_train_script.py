@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from trl import ModelConfig, TrlParser
 
 from luffy_trl import LuffyConfig
-from luffy_trl.cli import main, train
-from luffy_trl.sft import LuffySFTConfig, to_prompt_completion
+from luffy_trl.commands.cli import main, train
+from luffy_trl.commands.inputs import LuffyScriptArguments, check_arguments
+from luffy_trl.commands.sft import LuffySFTConfig, to_prompt_completion
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 from luffy_trl.tasks.letter_walk_base import accuracy
-from luffy_trl.training import LuffyScriptArguments, check_arguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +138,7 @@ def test_a_recipe_runs_through_accelerate_launch(tmp_path, tiny_model_dir):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text().count("# out") == 1
 
-    report = run("-m", "luffy_trl.cli", "report", tmp_path / "out", "--output_dir", tmp_path / "report")
+    report = run("-m", "luffy_trl", "report", tmp_path / "out", "--output_dir", tmp_path / "report")
     assert report.returncode == 0, report.stderr
     assert "128 completions" in report.stdout  # two logs of 64
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import torch
 from trl import GRPOConfig
 
-from .demonstrations import OVERFLOWS
+from .demonstrations.encoding import OVERFLOWS
+from .demonstrations.schedules import PREFIX_STRATEGIES, WEIGHT_SCHEDULES
+from .demonstrations.sources import SOURCES, get_source_function, register_source
 from .objective import LOSS_TYPES
-from .recipe import given_fields
-from .redact import NoTokenInPickles
-from .schedules import PREFIX_STRATEGIES, WEIGHT_SCHEDULES
+from .runs.recipe import given_fields
+from .runs.redaction import NoTokenInPickles
 from .shaping import get_shaping, register_shaping
-from .sources import SOURCES, get_source_function, register_source
 
 
 ADVANTAGE_BASELINES = ("group", "on_policy")

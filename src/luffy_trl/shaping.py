@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from .imports import named_function
+from .runs.imports import named_function
 
 
 Shaping = Callable[[torch.Tensor, float, float], torch.Tensor]

@@ -23,12 +23,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import nanstd
 
-from .agreement import beyond_window, disagreements
-from .batching import drop_zero_advantages, optimizer_steps, order_by_length, pack, trim, unpack
-from .checked_rewards import checked
-from .checkpoints import NEWEST, UNFINISHED, find_checkpoint, publish
 from .config import LuffyConfig
-from .demonstrations import (
+from .demonstrations.agreement import beyond_window, disagreements
+from .demonstrations.encoding import (
     DROPPED_COLUMN,
     ENCODED_COLUMNS,
     IDS_COLUMN,
@@ -40,12 +37,9 @@ from .demonstrations import (
     Demonstration,
     DemonstrationEncoder,
 )
-from .hub_trainer import HubTrainer
-from .objective import off_policy_loss, token_denominator
-from .phases import timed
-from .replay import ReplayBuffer
-from .schedules import demonstration_weight, prefix_ratio
-from .sources import (
+from .demonstrations.replay import ReplayBuffer
+from .demonstrations.schedules import demonstration_weight, prefix_ratio
+from .demonstrations.sources import (
     DatasetSource,
     DemonstrationSource,
     FunctionSource,
@@ -53,6 +47,12 @@ from .sources import (
     ReplaySource,
     get_source_function,
 )
+from .hub.mixin import HubTrainer
+from .metrics import timed
+from .objective import off_policy_loss, token_denominator
+from .padding.micro_batches import drop_zero_advantages, optimizer_steps, order_by_length, pack, trim, unpack
+from .rewards.checked import checked
+from .runs.checkpoints import NEWEST, UNFINISHED_DIR, find_checkpoint, publish
 
 
 if TYPE_CHECKING:
@@ -91,10 +91,10 @@ class LuffyTrainer(HubTrainer):
     - `_compute_loss`: shows TRL the rollouts' tokens alone and adds the off-policy term;
     - `log`: adds `on_policy/*`, `off_policy/*` and `groups/*`;
     - `train`, `_save_checkpoint`: checkpoints that are whole or not there, and the newest of them to resume from;
-    - what is pushed to the Hub, and the model card: see [`~luffy_trl.hub_trainer.HubTrainer`], its parent.
+    - what is pushed to the Hub, and the model card: see [`~luffy_trl.hub.mixin.HubTrainer`], its parent.
 
     Takes the arguments of `GRPOTrainer`, with `args` a [`LuffyConfig`]. The data contract of `train_dataset` is in
-    `luffy_trl.demonstrations`. Evaluation has no demonstrations.
+    `luffy_trl.demonstrations.encoding`. Evaluation has no demonstrations.
 
     Raises:
         TypeError: if `args` is no `LuffyConfig`.
@@ -119,7 +119,7 @@ class LuffyTrainer(HubTrainer):
     }
     # TRL looks for its template in a folder of its own
     _template_file = os.path.relpath(
-        str(files("luffy_trl") / "templates" / "model_card.md"), str(files("trl") / "templates")
+        str(files("luffy_trl") / "hub" / "model_card.md"), str(files("trl") / "templates")
     )
 
     args: LuffyConfig
@@ -187,7 +187,7 @@ class LuffyTrainer(HubTrainer):
 
     def _save_checkpoint(self, model, trial):
         run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        unfinished, final = run_dir / UNFINISHED / name, run_dir / name
+        unfinished, final = run_dir / UNFINISHED_DIR / name, run_dir / name
         if self.is_local_process_zero():
             shutil.rmtree(unfinished.parent, ignore_errors=True)  # what a killed run has left
         self.accelerator.wait_for_everyone()
@@ -224,7 +224,7 @@ class LuffyTrainer(HubTrainer):
 
     def _get_output_dir(self, trial):
         run_dir = super()._get_output_dir(trial)
-        return os.path.join(run_dir, UNFINISHED) if self._saving_checkpoint else run_dir
+        return os.path.join(run_dir, UNFINISHED_DIR) if self._saving_checkpoint else run_dir
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if not self._saving_checkpoint:  # only under its final name
@@ -910,7 +910,7 @@ def _check_demonstration_columns(columns: list[str]) -> None:
     if not has_one and not has_several:
         raise ValueError(
             f"`train_dataset` has neither a `completion` nor a `demonstrations` column, only {columns}. Add one (see "
-            "luffy_trl.demonstrations), or set num_demonstrations=0 for plain GRPO."
+            "luffy_trl.demonstrations.encoding), or set num_demonstrations=0 for plain GRPO."
         )
     if has_one and has_several:
         raise ValueError("`train_dataset` has both `completion` and `demonstrations`. Remove one of them.")

@@ -37,7 +37,7 @@ def load_benchmarks(names: Sequence[str], ngram_size: int) -> BenchmarkIndex:
             for row in split:
                 problem = _problem(row[column])
                 if problem:
-                    index.add(_benchmark(row, name), problem)
+                    index.add(_benchmark_name(row, name), problem)
                     problems += 1
         if problems == 0:
             raise ValueError(f"{where}: none of its rows has a problem that is a text.")
@@ -52,6 +52,6 @@ def _problem(value: Any) -> str | None:
     return value.strip() if isinstance(value, str) else None
 
 
-def _benchmark(row: dict[str, Any], name: str) -> str:
+def _benchmark_name(row: dict[str, Any], name: str) -> str:
     source = row.get("data_source")
     return source if isinstance(source, str) else Path(name).stem if Path(name).exists() else name

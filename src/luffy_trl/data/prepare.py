@@ -1,4 +1,4 @@
-"""`luffy-trl prepare-data`: from a dataset as it is published to a filtered one in the data contract.
+"""What `luffy-trl prepare-data` does: from a dataset as it is published to a filtered one in the data contract.
 
     load -> screen each row (map, in processes) -> verify, deduplicate, count (here, batch by batch) -> parquet, card
 
@@ -7,7 +7,6 @@ A stream goes the same way, without the processes. No step holds more than one b
 
 import argparse
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -20,15 +19,14 @@ from datasets import Dataset, Features, IterableDataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
-from ..demonstrations import DemonstrationEncoder
+from ..demonstrations.encoding import DemonstrationEncoder
+from ..reporting.tables_and_curves import text_table
 from ..rewards.completions import Thought
-from ..tables_and_curves import text_table
-from .arguments import build_parser, check_arguments, with_dashes
 from .benchmarks import load_benchmarks
 from .contract import contract_features
 from .finishing import CONTAMINATED, DUPLICATE, GOLD_UNREADABLE, TOO_LONG, UNVERIFIED, Finisher, Tally
 from .loading import batches, choose_split, first_rows, load_splits
-from .publishing import dataset_card, look_up, push
+from .publishing import dataset_card, look_up
 from .schemas import Schema, own_columns, recognise
 from .screening import Screener, screened_features
 from .writing import DROPPED_FILE, ParquetShards, all_or_nothing
@@ -39,21 +37,16 @@ SCREENED_AT_ONCE, FINISHED_AT_ONCE = 100, 500
 ROWS_PER_PROCESS = 500  # fewer are not worth starting a process for
 
 
-def main(argv: Sequence[str], prog: str) -> None:
-    parser = build_parser(prog)
-    args = parser.parse_args([with_dashes(arg) for arg in argv])
-    try:
-        check_arguments(args)
-        _prepare(args, argv)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        sys.exit(f"\nInterrupted. Nothing was written to {args.output_dir}")
-    if args.push_to_hub:
-        _push(args)
+def prepare(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Read, filter and write, all of it or nothing; prints what was kept and dropped.
 
+    Args:
+        argv: the command line, for the dataset's card.
 
-def _prepare(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    Raises:
+        ValueError: for data that cannot be used, naming it.
+        OSError: for what cannot be read or written.
+    """
     dataset, head = _read(args)
     schema = _schema(args, list(head[0]), head)
     conversational = _is_conversational(args, schema, head)
@@ -81,24 +74,6 @@ def _prepare(args: argparse.Namespace, argv: Sequence[str]) -> None:
     if tally.kept["rows"] > 0:
         reward = "math_reward" if _thought(args, schema) == "required" else "math_reward_optional_thought"
         print(f"Train on it with: train.py --dataset_name {args.output_dir} --reward_funcs {reward} ...", flush=True)
-
-
-def _push(args: argparse.Namespace) -> None:
-    kept = f"The dataset is complete in {args.output_dir}; push it again with: {_push_command(args)}"
-    print(f"Pushing to {args.push_to_hub} ...", flush=True)
-    try:
-        print(f"Pushed to {push(args.output_dir, args.push_to_hub, private=not args.public)}")
-    except ValueError as error:
-        sys.exit(f"{error} {kept}")
-    except KeyboardInterrupt:
-        sys.exit(f"\nThe push was interrupted. {kept}")
-
-
-def _push_command(args: argparse.Namespace) -> str:
-    visibility = [] if args.public else ["--private"]
-    return shlex.join(
-        ["hf", "upload", args.push_to_hub, str(args.output_dir), ".", "--repo-type", "dataset", *visibility]
-    )
 
 
 def _read(args: argparse.Namespace) -> tuple[Dataset | IterableDataset, list[dict[str, Any]]]:

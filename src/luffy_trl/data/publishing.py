@@ -8,12 +8,12 @@ from pathlib import Path
 import httpx
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
-from ..recipe import shown_command
-from ..redact import known_secrets
+from ..runs.recipe import shown_command
+from ..runs.redaction import known_secrets
 
 
 VERSIONS_OF = ("luffy_trl", "math-verify", "transformers", "datasets")
-CARD = """
+DATASET_CARD = """
 # {name}
 
 Problems with demonstrations for reinforcement learning with LUFFY (arXiv 2504.14945), prepared from {source} by
@@ -103,7 +103,7 @@ def dataset_card(
     licence = f"The licence is that of {source.title}: {source.licence}."
     if source.licence is None:
         licence = f"The licence of {source.title} is not known here: look it up before you share this."
-    text = CARD.format(
+    text = DATASET_CARD.format(
         name=name,
         load=load,
         source=source.text,

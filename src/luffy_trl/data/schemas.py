@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..demonstrations import demonstration_text
+from ..demonstrations.encoding import brief, demonstration_text
 
 
 # What rows and demonstrations are dropped for, in the order in which it is looked at
@@ -112,7 +112,7 @@ def luffy_row(row: dict[str, Any]) -> Example:
     """A row of Elliott/Openr1-Math-46k-8192."""
     prompt = row.get("prompt")
     if not isinstance(prompt, list):
-        raise UnusableRowError(BAD_PROMPT, f"`prompt` is {_short(prompt)}, expected a list of messages")
+        raise UnusableRowError(BAD_PROMPT, f"`prompt` is {brief(prompt)}, expected a list of messages")
     target, extra_info = row.get("target"), row.get("extra_info")
     return Example(
         prompt=_prompt(prompt, "prompt"),
@@ -128,7 +128,7 @@ def openr1_row(row: dict[str, Any]) -> Example:
     """A row of open-r1/OpenR1-Math-220k. Traces that the source calls unfinished are lost."""
     problem = row.get("problem")
     if not isinstance(problem, str):
-        raise UnusableRowError(BAD_PROMPT, f"`problem` is {_short(problem)}, expected a text")
+        raise UnusableRowError(BAD_PROMPT, f"`problem` is {brief(problem)}, expected a text")
     generations = row.get("generations")
     candidates = _candidates([] if generations is None else generations, "generations", named=True)
     complete = _flags(row, "is_reasoning_complete", len(candidates))
@@ -163,7 +163,7 @@ def _prompt(value: Any, column: str) -> str | list[Message]:
     if isinstance(value, str) and value.strip():
         return value
     if not isinstance(value, list) or not value:
-        raise UnusableRowError(BAD_PROMPT, f"`{column}` is {_short(value)}, expected a text or a list of messages")
+        raise UnusableRowError(BAD_PROMPT, f"`{column}` is {brief(value)}, expected a text or a list of messages")
     messages = [_message(message, f"`{column}[{i}]`") for i, message in enumerate(value)]
     if not user_text(messages).strip():
         raise UnusableRowError(BAD_PROMPT, f"`{column}` asks nothing: it has no user message with a text")
@@ -174,12 +174,12 @@ def _prompt(value: Any, column: str) -> str | list[Message]:
 
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
-        raise UnusableRowError(BAD_PROMPT, f"{where} is {_short(value)}, expected a message with role and content")
+        raise UnusableRowError(BAD_PROMPT, f"{where} is {brief(value)}, expected a message with role and content")
     content = value.get("content")
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise UnusableRowError(BAD_PROMPT, f"{where} has content {_short(content)}, expected a text")
+        raise UnusableRowError(BAD_PROMPT, f"{where} has content {brief(content)}, expected a text")
     return {"role": value["role"], "content": content}
 
 
@@ -187,19 +187,19 @@ def _gold(value: Any, column: str) -> str:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     text = str(value) if is_number else value
     if not isinstance(text, str) or not text.strip():
-        raise UnusableRowError(NO_GOLD, f"`{column}` is {_short(value)}, expected an answer")
+        raise UnusableRowError(NO_GOLD, f"`{column}` is {brief(value)}, expected an answer")
     return text
 
 
 def _candidates(values: Any, column: str, named: bool, text_alone: bool = True) -> list[Candidate]:
     if not isinstance(values, list):
-        return [Candidate("", BAD_DEMONSTRATION, f"`{column}` is {_short(values)}, expected a list of demonstrations")]
+        return [Candidate("", BAD_DEMONSTRATION, f"`{column}` is {brief(values)}, expected a list of demonstrations")]
     candidates = []
     for i, value in enumerate(values):
         where = f"`{column}[{i}]`" if named else f"`{column}`"
         try:
             if isinstance(value, str) and not text_alone:
-                raise ValueError(f"{where} is {_short(value)}, expected a list with one assistant message")
+                raise ValueError(f"{where} is {brief(value)}, expected a list with one assistant message")
             candidates.append(Candidate(demonstration_text(value, where)))
         except ValueError as error:
             candidates.append(Candidate("", BAD_DEMONSTRATION, str(error)))
@@ -213,7 +213,7 @@ def _flags(row: dict[str, Any], column: str, count: int) -> list[bool | None]:
         return [None] * count
     if not isinstance(flags, list) or len(flags) != count:
         raise UnusableRowError(
-            BAD_DEMONSTRATION, f"`{column}` is {_short(flags)}, expected one flag for each of {count} `generations`"
+            BAD_DEMONSTRATION, f"`{column}` is {brief(flags)}, expected one flag for each of {count} `generations`"
         )
     return [flag if isinstance(flag, bool) else None for flag in flags]
 
@@ -224,8 +224,3 @@ def _field(value: Any, name: str) -> Any:
 
 def _label(value: Any) -> str | None:
     return str(value) if isinstance(value, str | int) else None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"

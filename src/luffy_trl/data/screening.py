@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Features, List, Value
 from jinja2 import TemplateError
 
-from ..demonstrations import USABLE_COLUMN, DemonstrationEncoder
+from ..demonstrations.encoding import USABLE_COLUMN, DemonstrationEncoder
 from .contract import MESSAGES, as_messages
 from .filters import BenchmarkIndex, problem_key
 from .schemas import (

@@ -28,7 +28,7 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
-class Group:
+class TaskGroup:
     name: str
     title: str
     benchmarks: tuple[str, ...]
@@ -41,12 +41,12 @@ class Catalog:
         self._manager = TaskManager(include_path=str(TASKS), include_defaults=False)
         configs = {name: entry.cfg or {} for name, entry in self._manager.task_index.items()}
         self.groups = {
-            name: Group(name, config["group_alias"], tuple(config["task"]))
+            name: TaskGroup(name, config["group_alias"], tuple(config["task"]))
             for name, config in configs.items()
             if "group" in config
         }
         ordered = [name for group in self.groups.values() for name in group.benchmarks]
-        self.benchmarks = {name: _benchmark(name, configs[name]) for name in ordered}
+        self.benchmarks = {name: _make_benchmark(name, configs[name]) for name in ordered}
 
     def expand(self, names: Sequence[str]) -> list[str]:
         """Benchmarks behind names of benchmarks and groups, each once.
@@ -135,7 +135,7 @@ def configure(
     task.set_config("process_results", process_results)
 
 
-def _benchmark(name: str, config: Mapping[str, Any]) -> Benchmark:
+def _make_benchmark(name: str, config: Mapping[str, Any]) -> Benchmark:
     about = config["metadata"]
     sources = tuple(about["data_source"])
     return Benchmark(name, about["label"], about["kind"], sources, about["problems"], config["repeats"])

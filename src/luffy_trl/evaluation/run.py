@@ -16,13 +16,13 @@ from lm_eval.api.task import ConfigurableTask
 from . import EvaluationError, tables
 from .backends import ADAPTER_ARGUMENTS, adapter_arguments
 from .catalog import Catalog, configure
-from .command import FROM_DATA
 from .documents import fingerprint, read_local
 from .generation import KeepingLM
 from .loading import kept_arguments, load_model, parse_model_args
 from .model_files import check_model, files_fingerprint
 from .samples import Sample, SampleStore
 from .scoring import Scorer
+from .templates import FROM_DATA
 
 
 # vLLM keeps some 256 responses under way, and the longest of a chunk leave it idle: there, chunks are larger

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from . import EvaluationError
 
 
-MANIFEST = "run.json"
+RUN_FILE = "run.json"
 
 
 @dataclass
@@ -115,13 +115,13 @@ class SampleStore:
             self.samples[sample.key] = sample
 
     def _check_manifest(self, settings: dict[str, Any]) -> dict[str, Any]:
-        path = self.directory / MANIFEST
+        path = self.directory / RUN_FILE
         if self.samples:
             try:
                 kept = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise EvaluationError(
-                    f"--output_dir {self.directory} has samples, but {MANIFEST}, which says how they were made, "
+                    f"--output_dir {self.directory} has samples, but {RUN_FILE}, which says how they were made, "
                     f"cannot be read ({error}). Choose another --output_dir."
                 ) from error
             differences = _differences(kept, settings)

@@ -19,14 +19,14 @@ ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """`answer`: what was taken for it, None if there was none. `correct`: None where the gold cannot be read."""
 
     answer: str | None
     correct: bool | None
 
 
-def judge(kind: str, responses: Sequence[str], golds: Sequence[str], thought: Thought) -> list[Verdict]:
+def judge_responses(kind: str, responses: Sequence[str], golds: Sequence[str], thought: Thought) -> list[Judgement]:
     """
     Args:
         kind: "math" or "choice".
@@ -37,9 +37,9 @@ def judge(kind: str, responses: Sequence[str], golds: Sequence[str], thought: Th
     parts = [_graded_text(response, thought) for response in responses]
     if kind == "choice":
         letters = map(choice_letter, parts)
-        return [Verdict(letter, letter == gold) for letter, gold in zip(letters, golds, strict=True)]
+        return [Judgement(letter, letter == gold) for letter, gold in zip(letters, golds, strict=True)]
     judged = judge_math(parts, golds)
-    return [Verdict(None if v.outcome == "no answer" else v.answer, v.equal) for v in judged]
+    return [Judgement(None if v.outcome == "no answer" else v.answer, v.equal) for v in judged]
 
 
 def _graded_text(response: str, thought: Thought) -> str:
@@ -71,7 +71,7 @@ class Scorer:
         for sample in samples:
             sample.problem, sample.gold = documents[sample.doc_id]["problem"], documents[sample.doc_id]["answer"]
         golds = [str(sample.gold) for sample in samples]
-        verdicts = judge(self.kinds[task], [sample.response for sample in samples], golds, self.thought)
+        verdicts = judge_responses(self.kinds[task], [sample.response for sample in samples], golds, self.thought)
         for sample, verdict in zip(samples, verdicts, strict=True):
             sample.answer, sample.score = verdict.answer, float(bool(verdict.correct))
         self.unreadable[task] = {s.doc_id for s, v in zip(samples, verdicts, strict=True) if v.correct is None}
@@ -94,5 +94,5 @@ RESULTS_BY_KIND = {"math": math_results, "choice": choice_results}
 
 def _results(kind: str, document: Mapping[str, Any], results: list[list[str]]) -> dict[str, float]:
     [responses] = results
-    verdicts = judge(kind, responses, [document["answer"]] * len(responses), DEFAULT_THOUGHT)
+    verdicts = judge_responses(kind, responses, [document["answer"]] * len(responses), DEFAULT_THOUGHT)
     return {"score": sum(bool(verdict.correct) for verdict in verdicts) / len(responses)}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from ..tables_and_curves import text_table
+from ..reporting.tables_and_curves import text_table
 from . import EvaluationError
 from .samples import Sample
 
@@ -143,7 +143,14 @@ def score_table(
 def response_table(summaries: Mapping[str, Summary], labels: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
     header = ["Responses", "problems", "samples each", "truncated", "no answer", "mean tokens"]
     cells = [
-        [labels[task], str(s.problems), str(s.samples), _share(s.truncated), _share(s.unanswered), f"{s.tokens:.0f}"]
+        [
+            labels[task],
+            str(s.problems),
+            str(s.samples),
+            _percent(s.truncated),
+            _percent(s.unanswered),
+            f"{s.tokens:.0f}",
+        ]
         for task, s in summaries.items()
     ]
     return header, cells
@@ -161,7 +168,7 @@ def render(tables: Sequence[tuple[list[str], list[list[str]]]], notes: Sequence[
     )
 
 
-def _share(value: float) -> str:
+def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 

@@ -10,6 +10,9 @@ from collections.abc import Callable
 # "own" is the model's chat template, rendered by lm-eval's back end
 OWN = "own"
 
+# A system prompt that stands for the local files' own
+FROM_DATA = "data"
+
 
 def qwen_math(problem: str) -> str:
     """Qwen2.5-Math's evaluation prompt (github.com/QwenLM/Qwen2.5-Math)."""

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
-from .runs import COMPLETIONS, Run
+from .logs import COMPLETIONS, Run
 
 
 # Characters of a text that are shown, from its beginning and its end

@@ -12,8 +12,8 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from .completions import Completion, KeptStep, prompt_text, shortened
+from .logs import Run
 from .panels import Panel, Series, bounds, ticks
-from .runs import Run
 
 
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), told apart with any kind of colour vision
@@ -37,7 +37,7 @@ def write_page(
     path: Path, runs: Sequence[Run], panels: Filled, kept: Sequence[list[KeptStep]], token_note: str = ""
 ) -> None:
     """Write the page of the runs; `kept` holds the kept steps of each, `token_note` says what colours stand for."""
-    folder = files("luffy_trl") / "templates"
+    folder = files("luffy_trl") / "reporting"
     script = (folder / "report.js").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((folder / "report.html").read_text(encoding="utf-8"))
@@ -128,12 +128,12 @@ def _panel(panel: Panel, series: Sequence[Series], runs: Sequence[Run]) -> dict[
 
 def _step(step: KeptStep) -> list[dict[str, Any]]:
     return [
-        {"prompt": shortened(prompt_text(group.prompt)), "rows": [_completion(row) for row in group.completions]}
+        {"prompt": shortened(prompt_text(group.prompt)), "rows": [_shown_completion(row) for row in group.completions]}
         for group in step.groups
     ]
 
 
-def _completion(row: Completion) -> dict[str, Any]:
+def _shown_completion(row: Completion) -> dict[str, Any]:
     known = {"text": shortened(row.text), "rewards": row.rewards, "demonstration": row.demonstration}
     if row.advantage is not None:
         known["advantage"] = row.advantage

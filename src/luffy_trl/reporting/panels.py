@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .runs import Run
+from .logs import Run
 
 
 # Points of a curve: a panel is some 400 pixels wide

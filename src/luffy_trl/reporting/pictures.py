@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from .logs import Run
 from .page import Filled, look
-from .runs import Run
 
 
 LINE_STYLES = {"": "-", "6 4": "--", "2 3": ":"}

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..demonstrations import rendered_prompt
-from ..quiet import quiet_progress_bars
+from ..demonstrations.encoding import rendered_prompt
+from ..runs.quiet import quiet_progress_bars
 from . import ReportError
 from .completions import Completion, KeptStep
 

@@ -3,7 +3,7 @@
 import re
 
 
-MAX_LENGTH = 10_000  # characters; of a longer answer the end is read
+LONGEST_ANSWER = 10_000  # characters; of a longer answer the end is read
 
 # What may surround a letter: spaces, Markdown, brackets, and LaTeX such as \text{(C)}
 OPEN = r"(?:[\s*_$({\[]|\\\(|\\(?:text|textbf|mathrm|mathbf)\{){0,8}"
@@ -27,7 +27,7 @@ def choice_letter(text: str) -> str | None:
     "The answer is (C)" or "Answer: C", a last line that is a letter ("**C**"), a single line that starts as an option
     does ("C. 5 m").
     """
-    text = text[-MAX_LENGTH:].strip()
+    text = text[-LONGEST_ANSWER:].strip()
     if found := BOX.findall(text):
         return found[-1].upper()
     if found := PHRASE.findall(text):

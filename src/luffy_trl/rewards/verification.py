@@ -12,7 +12,7 @@ from hashlib import blake2b
 from .pool import WorkerPool, default_workers
 
 
-MAX_LENGTH = 10_000  # characters; of a longer answer the end is read, a longer gold answer is none
+LONGEST_ANSWER = 10_000  # characters; of a longer answer the end is read, a longer gold answer is none
 MAX_GOLD_WORDS = (
     6  # outside \text{}; no gold answer of the paper's six benchmarks has more than 2, but for one sentence
 )
@@ -85,7 +85,7 @@ def judge_math(
     if len(answers) != len(golds):
         raise ValueError(f"{len(answers)} answers, but {len(golds)} golds: give one gold answer for each.")
     requests = [
-        {"answer": answer[-MAX_LENGTH:], "gold": gold, "timeout": timeout, "memory_limit": memory_limit}
+        {"answer": answer[-LONGEST_ANSWER:], "gold": gold, "timeout": timeout, "memory_limit": memory_limit}
         for answer, gold in zip(answers, golds, strict=True)
     ]
     return _verifier.judge(requests, workers or default_workers())
@@ -106,7 +106,7 @@ def is_parsable(gold: str) -> bool:
 
     Math-Verify itself reads anything in a box: a sentence becomes the product of its letters, which no answer equals.
     """
-    if not gold.strip() or len(gold) > MAX_LENGTH or gold.count("{") != gold.count("}"):
+    if not gold.strip() or len(gold) > LONGEST_ANSWER or gold.count("{") != gold.count("}"):
         return False
     words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\\(?:text\w*|begin|end)\{[^{}]*\}|\\[A-Za-z]+", " ", gold))
     return "\\boxed" in gold or len(words) <= MAX_GOLD_WORDS

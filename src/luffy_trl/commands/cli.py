@@ -1,0 +1,169 @@
+"""The command `luffy-trl`. Heavy imports wait until a command needs them."""
+
+import argparse
+import atexit
+import difflib
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from ..runs.quiet import quiet_libraries, quiet_progress_bars
+
+
+# name: (module beside this one, function of (argv, prog) there, what it does)
+COMMANDS = {
+    "train": ("cli", "train", "train a model (the same as `accelerate launch train.py`, on one process)"),
+    "sft": ("cli", "sft", "fine-tune on the demonstrations with TRL's SFTTrainer, the baseline"),
+    "push": ("push", "main", "push an output directory to the Hub, or what a run could not push"),
+    "prepare-model": ("prepare_model", "main", "extend a model's window, and give it a chat template"),
+    "prepare-data": ("prepare_data", "main", "filter a dataset, and write it as the trainer reads it"),
+    "eval": ("eval", "main", "evaluate a model on the paper's benchmarks, with lm-eval"),
+    "report": ("report", "main", "write one page of curves and completions from runs' output"),
+    "demo": ("cli", "demo", "compare GRPO, LUFFY and SFT on the embedded task, on a CPU"),
+}
+
+
+# What a shell reports for a process that Ctrl-C ended
+INTERRUPTED_STATUS = 130
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    quiet_libraries()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="luffy-trl", description="LUFFY: reinforcement learning with demonstrations in the group, on TRL."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, _, summary) in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    command = parser.parse_args(argv[:1]).command
+    module, function, _ = COMMANDS[command]
+    getattr(import_module(f"{__package__}.{module}"), function)(argv[1:], f"luffy-trl {command}")
+
+
+def demo(argv: Sequence[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(prog=prog, description="Compare GRPO, LUFFY and SFT on the embedded task.")
+    parser.add_argument("--seed", type=int, default=0, help="of the base, the data and the runs (default: 0)")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each method (default: 100)")
+    parser.add_argument("--output_dir", default="outputs/demo", help="default: outputs/demo")
+    args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps} must be 1 or more")
+    try:
+        from .demo import run_demo
+        from .inputs import UsageError
+
+        run_demo(args.output_dir, seed=args.seed, steps=args.steps)
+    except KeyboardInterrupt:
+        sys.exit(f"\nInterrupted. What was finished, if anything, is in {args.output_dir}")
+    except UsageError as error:
+        parser.error(str(error))
+
+
+def _interruptible(function: Callable) -> Callable:
+    """Ctrl-C ends the command with one line, while libraries are being imported too."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt as interrupt:
+            print(f"\nInterrupted {interrupt or 'before the training began'}.", file=sys.stderr)
+            sys.exit(INTERRUPTED_STATUS)
+
+    return wrapper
+
+
+@_interruptible
+def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
+    quiet_libraries()
+    from ..config import LuffyConfig
+    from .inputs import check_arguments
+    from .train import run
+
+    _start(argv, prog, "Train a model with LUFFY.", LuffyConfig, check_arguments, run)
+
+
+@_interruptible
+def sft(argv: Sequence[str] | None, prog: str) -> None:
+    from .sft import LuffySFTConfig, check_sft_arguments, run_sft
+
+    _start(argv, prog, "Fine-tune a model on the demonstrations.", LuffySFTConfig, check_sft_arguments, run_sft)
+
+
+def _start(
+    argv: Sequence[str] | None, prog: str, summary: str, config_class: type, check: Callable, run: Callable
+) -> None:
+    """Parse TRL-style arguments, `--config FILE.yaml` and a flag for every field, and run the training."""
+    from ..runs.stopping import STOPPED_STATUS, RunStopped
+    from .inputs import UsageError
+
+    quiet_progress_bars()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    try:
+        trainer = run(*_parse(argv, prog, summary, config_class, check))
+    except UsageError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunStopped as stopped:
+        print(f"\n{stopped} The same command with --resume_from_checkpoint auto goes on from there.", file=sys.stderr)
+        _end(STOPPED_STATUS)
+    trainer.accelerator.end_training()
+    _end(0)
+
+
+def _end(status: int) -> None:
+    """End this process with the status; one of several without taking the interpreter apart.
+
+    Threads of gloo now and then abort an interpreter that shuts down. The launcher would take that for a failed run,
+    and kill the main process, which may be in the middle of its last upload.
+    """
+    from accelerate import PartialState
+
+    if PartialState().num_processes > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status != 0:
+        sys.exit(status)
+
+
+def _parse(argv: list[str], prog: str, summary: str, config_class: type, check: Callable) -> tuple[Any, Any, Any, str]:
+    import yaml
+    from trl import ModelConfig, TrlParser
+
+    from ..runs.recipe import shown_command
+    from ..runs.redaction import known_secrets
+    from .inputs import LuffyScriptArguments, check_output_dir
+
+    parser = TrlParser(
+        (LuffyScriptArguments, config_class, ModelConfig),
+        prog=prog,
+        usage=f"{prog} [--config RECIPE.yaml] [--FIELD VALUE ...]",
+        description=f"{summary} Flags override the recipe; --help lists every field.",
+        allow_abbrev=False,
+    )
+    if argv[-1:] == ["--config"]:
+        parser.error("--config needs a file: --config recipes/letter_walk.yaml")
+    # Before the config is built, whose first complaint would be about something else
+    config = argv.index("--config") if "--config" in argv else len(argv)
+    _, unknown = parser.parse_known_args(argv[:config] + argv[config + 2 :])
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = [match for flag in unknown for match in difflib.get_close_matches(flag.split("=")[0], known, n=1)]
+        hint = f" (did you mean {', '.join(near)}?)" if near else ""
+        parser.error(f"unknown arguments: {' '.join(unknown)}{hint}")
+    try:
+        script_args, training_args, model_args = parser.parse_args_and_config(argv)
+        check(script_args, model_args)
+        check_output_dir(training_args.output_dir)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        hint = " Without a GPU, add --use_cpu --bf16 False." if "use_cpu" in str(error) else ""
+        parser.error(f"{error}{hint}")
+    command = shown_command([*prog.split(), *argv], known_secrets(training_args.hub_token))
+    return script_args, training_args, model_args, command

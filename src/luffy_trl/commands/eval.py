@@ -1,0 +1,124 @@
+"""`luffy-trl eval`: from a model to the paper's two tables. Heavy imports wait until the arguments are read."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from ..evaluation import EvaluationError
+from ..evaluation.templates import FROM_DATA, OWN, TEMPLATES
+from ..rewards.completions import THOUGHT_MODES
+
+
+# The paper's sampling
+TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.6, 1.0, 8192
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+THOUGHT_HELP = (
+    "what is graded: the response after </think>, where there is none nothing (required) or all of it (optional), or "
+    "always all of it (unused; default: optional)"
+)
+
+DESCRIPTION = "Evaluate a model on the paper's benchmarks: six of mathematics, three out of distribution."
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "luffy-trl eval") -> None:
+    parser = build_parser(prog)
+    args = parser.parse_args(argv)
+    try:
+        check(args)
+        from ..evaluation.run import Evaluation
+
+        evaluation = Evaluation(args)
+        try:
+            print(evaluation.run())
+        except KeyboardInterrupt:
+            sys.exit(f"\nInterrupted. {evaluation.kept()} The same command goes on from there.")
+        finally:
+            evaluation.close()
+    except EvaluationError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted before any sample was made.")
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    usage = f"{prog} --model MODEL --output_dir DIR [--tasks NAME ...] [--data_files FILE ...] [--FLAG VALUE ...]"
+    parser = argparse.ArgumentParser(prog=prog, usage=usage, description=DESCRIPTION, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", required=True, help="Hub id or local directory")
+    add("--adapter", metavar="DIR", help="local directory of a LoRA adapter on --model")
+    add("--output_dir", required=True, help="samples, results.json and results.md; a killed run goes on from there")
+    add("--name", help="of the model in the tables (default: --model's last part)")
+
+    data = parser.add_argument_group("benchmarks")
+    add = data.add_argument
+    add("--tasks", nargs="+", metavar="NAME", help="tasks or groups (default: both groups, or what the files hold)")
+    add("--data_files", nargs="+", metavar="FILE", help="read problems from local files in the original code's schema")
+    add("--limit", type=int, metavar="N", help="only the first N problems of each task")
+    add("--n_samples", type=int, metavar="K", help="samples a problem where the paper has avg@32 (default: 32)")
+
+    prompt = parser.add_argument_group("prompt and sampling")
+    add = prompt.add_argument
+    add("--template", choices=TEMPLATES, default=OWN, help="default: own, the model's chat template")
+    add("--system_prompt", metavar="TEXT", help=f"with --template own; {FROM_DATA!r}: that of the local files")
+    add("--temperature", type=float, default=TEMPERATURE, help=f"0 is greedy, one sample (default: {TEMPERATURE})")
+    add("--top_p", type=float, default=TOP_P, help=f"default: {TOP_P}")
+    add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help=f"default: {MAX_NEW_TOKENS}")
+    add("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    add("--thought", choices=THOUGHT_MODES, default="optional", help=THOUGHT_HELP)
+
+    backend = parser.add_argument_group("back end")
+    add = backend.add_argument
+    add(
+        "--backend", choices=("hf", "vllm"), default="hf", help="lm-eval's Hugging Face or vLLM back end (default: hf)"
+    )
+    add("--dtype", choices=DTYPES, default="auto", help="default: auto, that of the saved model")
+    add("--batch_size", help="a number or auto (default: 8 for hf, auto for vllm)")
+    add("--chunk_size", type=int, help="samples made, then kept, at a time (default: 64 for hf, 2048 for vllm)")
+    add("--tensor_parallel_size", type=int, default=1, help="GPUs a model is spread over; vllm only (default: 1)")
+    add("--device", help="hf only (default: cuda if there is one, else cpu)")
+    add("--model_args", default="", metavar="KEY=VALUE,...", help="more arguments of lm-eval's HFLM or VLLM")
+
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar="ROWS", help="'paper', or output directories of other evaluations"
+    )
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be said without loading anything.
+
+    Raises:
+        EvaluationError: naming the flag.
+    """
+    if find_spec("lm_eval") is None:
+        raise EvaluationError("it needs lm-evaluation-harness: pip install 'luffy_trl[eval]'.")
+    if args.backend == "vllm" and find_spec("vllm") is None:
+        raise EvaluationError("--backend vllm needs vLLM: pip install 'luffy_trl[vllm]'.")
+    for flag in ("limit", "n_samples", "max_new_tokens", "chunk_size", "tensor_parallel_size"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise EvaluationError(f"--{flag} {value} must be 1 or more.")
+    if not args.temperature >= 0:
+        raise EvaluationError(f"--temperature {args.temperature} must be 0 or more.")
+    if not 0 < args.top_p <= 1:
+        raise EvaluationError(f"--top_p {args.top_p} must be above 0 and at most 1.")
+    if (
+        args.batch_size is not None
+        and args.batch_size != "auto"
+        and not (args.batch_size.isdecimal() and int(args.batch_size))
+    ):
+        raise EvaluationError(f"--batch_size {args.batch_size} must be 1 or more, or auto.")
+    if args.backend == "hf" and args.tensor_parallel_size > 1:
+        raise EvaluationError(
+            "--tensor_parallel_size needs --backend vllm. With hf, --model_args parallelize=True spreads the layers."
+        )
+    if args.backend == "vllm" and args.device is not None:
+        raise EvaluationError("--device is hf's: choose vLLM's GPUs with CUDA_VISIBLE_DEVICES.")
+    if args.system_prompt is not None and args.template != OWN:
+        raise EvaluationError(
+            f"--system_prompt cannot be combined with --template {args.template}, which is complete."
+        )
+    if args.system_prompt == FROM_DATA and not args.data_files:
+        raise EvaluationError("--system_prompt data needs --data_files, whose prompts have a system message.")

@@ -1,0 +1,228 @@
+"""What a run is made of, from arguments: the dataset, the rewards, the model. Shared by `train` and `sft`."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from transformers import PretrainedConfig
+from transformers.utils import is_flash_attn_2_available, is_kernels_available
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
+
+from ..config import LuffyConfig
+from ..data.contract import to_contract, with_text_solutions
+from ..data.loading import check_file, choose_split, load_splits
+from ..rewards import choice_reward, format_reward, math_reward, math_reward_optional_thought
+from ..runs.checkpoints import NONE, checkpoints
+from ..runs.imports import named_function
+from ..runs.stopping import RunStopped, StopAtStep
+from ..tasks.letter_walk import letter_walk_reward, split_walks, to_dataset
+from ..tasks.letter_walk_base import load_or_pretrain
+from ..trainer import LuffyTrainer
+
+
+EMBEDDED_TASK = "letter_walk"
+REWARD_FUNCS: dict[str, Callable] = {
+    "math_reward": math_reward,
+    "math_reward_optional_thought": math_reward_optional_thought,
+    "choice_reward": choice_reward,
+    "format_reward": format_reward,
+    "accuracy_reward": accuracy_reward,
+    "reasoning_accuracy_reward": reasoning_accuracy_reward,
+    "think_format_reward": think_format_reward,
+    "letter_walk_reward": letter_walk_reward,
+}
+
+
+@dataclass
+class LuffyScriptArguments(ScriptArguments):
+    """
+    What to train on: the dataset and its rewards. The dataset fields are TRL's.
+
+    Without `dataset_name` and `model_name_or_path` the run is the embedded letter walk, which needs no download.
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, a local .parquet, .json, .jsonl or .csv file, a directory (from prepare-data or "
+            "save_to_disk), or 'letter_walk', the embedded task. The columns of Elliott/Openr1-Math-46k-8192 and "
+            "open-r1/OpenR1-Math-220k are recognised. Default: the embedded task, if no model is given either."
+        },
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "One or more reward functions, summed: 'math_reward', 'math_reward_optional_thought' (without the "
+            "need of a '</think>'), 'choice_reward', 'format_reward', 'accuracy_reward', 'reasoning_accuracy_reward', "
+            "'think_format_reward' (TRL's), 'letter_walk_reward', or a dotted path such as my_rewards.my_function, "
+            "found from the working directory. Needed for every dataset but the embedded one."
+        },
+    )
+
+
+class UsageError(ValueError):
+    """What the person who started a run can put right: arguments, data, a model that do not go together."""
+
+
+@contextmanager
+def before_training() -> Iterator[None]:
+    """A ValueError in here is about arguments or data, an OSError about files or the Hub."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+@contextmanager
+def after_training() -> Iterator[None]:
+    """Ctrl-C in here is no loss of the training, which the message says."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("after the training, while the model was saved or pushed") from error
+
+
+def check_arguments(script_args: LuffyScriptArguments, model_args: ModelConfig) -> None:
+    """Raises ValueError for arguments that do not go together, before anything is loaded."""
+    check_dataset_arguments(script_args, model_args)
+    load_reward_funcs(script_args.reward_funcs, script_args.dataset_name or EMBEDDED_TASK)
+
+
+def check_dataset_arguments(script_args: LuffyScriptArguments, model_args: ModelConfig) -> None:
+    """Raises ValueError if dataset and model do not go together, or there is no such file."""
+    model_name, dataset_name = model_args.model_name_or_path, script_args.dataset_name
+    if model_name is None and dataset_name is not None and dataset_name != EMBEDDED_TASK:
+        raise ValueError(f"--model_name_or_path is missing: which model should be trained on {dataset_name}?")
+    if dataset_name is None and model_name is not None:
+        raise ValueError(
+            f"--dataset_name is missing: what should {model_name} be trained on? ('letter_walk' is the embedded task.)"
+        )
+    check_file(dataset_name or EMBEDDED_TASK, f"--dataset_name {dataset_name}")
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Raises ValueError if nothing can be written there: better now than at the first checkpoint."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output_dir) as file:
+            file.write(b"0" * 4096)
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir} cannot be written to: {error}") from error
+
+
+def base_model(name: str | None, output_dir: str, seed: int) -> str:
+    """The model to train: the one that was named, or the embedded task's, pretrained now if it is not there."""
+    if name is not None:
+        return name
+    # the underscore keeps it out of a push to the Hub
+    with PartialState().main_process_first():
+        return str(load_or_pretrain(Path(output_dir) / f"_base-seed{seed}", seed))
+
+
+def warn_of_checkpoints(training_args: LuffyConfig | SFTConfig) -> None:
+    """Of another run in the same place: they would be mixed, on disk and in a report."""
+    directory, earlier = training_args.output_dir, checkpoints(training_args.output_dir)
+    if earlier and training_args.resume_from_checkpoint in NONE:
+        PartialState().print(
+            f"Warning: {directory} holds {earlier[0].name} of an earlier run. --resume_from_checkpoint auto goes on "
+            "from it; a new run belongs in another --output_dir."
+        )
+
+
+def model_options(model_args: ModelConfig, training_args: LuffyConfig | SFTConfig) -> dict[str, Any]:
+    """A trainer's arguments that make its model. Completes `training_args.model_init_kwargs`.
+
+    Raises:
+        ValueError: if there is no such model, or flash attention is asked for and not installed.
+    """
+    attention = model_args.attn_implementation
+    if attention == "flash_attention_2" and not (is_flash_attn_2_available() or is_kernels_available()):
+        raise ValueError(
+            f"--attn_implementation {attention} needs the package flash-attn and a GPU, and one is missing here. "
+            "pip install flash-attn --no-build-isolation, or take --attn_implementation sdpa, which pads."
+        )
+    name = model_args.model_name_or_path
+    if name is not None:
+        try:
+            PretrainedConfig.get_config_dict(name, revision=model_args.model_revision)
+        except OSError as error:
+            raise ValueError(f"--model_name_or_path {name} cannot be loaded: {error}") from error
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    return {
+        "model": base_model(model_args.model_name_or_path, training_args.output_dir, training_args.seed),
+        "quantization_config": get_quantization_config(model_args),
+        "peft_config": get_peft_config(model_args),
+    }
+
+
+def train_until_stopped(trainer: LuffyTrainer | SFTTrainer, checkpoint: str | None) -> None:
+    """Train to the end, from the checkpoint if there is one.
+
+    Raises:
+        RunStopped: after a signal, when the checkpoint is saved.
+    """
+    with StopAtStep() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.received and stop.stopped:
+        raise RunStopped(stop.received, f"checkpoint-{trainer.state.global_step}")
+
+
+def load_reward_funcs(names: list[str] | None, dataset_name: str) -> list[Callable]:
+    """The functions behind names and dotted paths.
+
+    Raises:
+        ValueError: naming the one that cannot be found.
+    """
+    if not names:
+        if dataset_name != EMBEDDED_TASK:
+            raise ValueError(
+                f"--reward_funcs is missing. Give one or more of {', '.join(REWARD_FUNCS)}, or a dotted path to a "
+                "function of your own."
+            )
+        names = ["letter_walk_reward"]
+    known = ", ".join(REWARD_FUNCS)
+    return [
+        named_function(
+            name,
+            REWARD_FUNCS,
+            "--reward_funcs",
+            f"--reward_funcs {name}: no such reward function. Known are {known}; your own is named by its dotted "
+            "path, such as my_rewards.my_function.",
+        )
+        for name in names
+    ]
+
+
+def load_dataset_splits(name: str, script_args: ScriptArguments, seed: int) -> Mapping[str, Dataset | IterableDataset]:
+    """All splits of the embedded task, a file, a directory or a Hub dataset."""
+    if name == EMBEDDED_TASK:
+        return {split: to_dataset(walks) for split, walks in split_walks(seed=seed).items()}
+    where = f"--dataset_name {name}"
+    try:
+        return load_splits(
+            name,
+            where,
+            script_args.dataset_config,
+            script_args.dataset_streaming,
+            only_split=script_args.dataset_train_split,
+        )
+    except OSError as error:
+        raise ValueError(f"{where}: no such file or directory here, nor to be had from the Hub: {error}") from error
+
+
+def load_split(splits: Mapping[str, Dataset | IterableDataset], split: str, name: str) -> Dataset | IterableDataset:
+    """One split, in the columns of the data contract."""
+    where = f"--dataset_name {name}"
+    dataset = choose_split(splits, split, where, "--dataset_train_split and --dataset_test_split")
+    return with_text_solutions(to_contract(dataset, where))

@@ -1,0 +1,161 @@
+"""`luffy-trl push OUTPUT_DIR`: push what a run left on disk, and what it could not push itself."""
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import disable_progress_bars
+
+from ..hub.errors import PushError, SourceGoneError, explain
+from ..hub.queue import Record, same_place
+from ..hub.upload import MODEL, Push, Uploaded, branch_of, has_weights, push_once_or_again
+from ..runs.checkpoints import checkpoints, damage
+
+
+EPILOG = (
+    "It needs a token that may write: `hf auth login`, or HF_TOKEN. Pushing again pushes only what differs. Optimizer "
+    "states are pushed only where a run with hub_strategy checkpoint or all_checkpoints could not."
+)
+
+
+def main(argv: Sequence[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog, allow_abbrev=False, description="Push an output directory to the Hub.", epilog=EPILOG
+    )
+    parser.add_argument("output_dir", type=Path, help="of a finished or interrupted run")
+    parser.add_argument("--repo_id", help="OWNER/NAME or NAME; default: the run's, or the directory's name")
+    parser.add_argument("--revision", help="branch to push to; default: the run's, or main")
+    parser.add_argument("--private", action="store_true", help="if the repository has to be created")
+    parser.add_argument("--checkpoint", metavar="N|all", help="push checkpoint N as the branch step-N, or all of them")
+    parser.add_argument("--tag", help="name what was pushed")
+    parser.add_argument("--merge", action="store_true", help="push the adapter merged into its base")
+    parser.add_argument(
+        "--retry_seconds", type=float, default=300.0, help="how long lost connections are tried again (default: 300)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        check(args)
+        record = Record(args.output_dir)
+        asked = pushes_asked_for(args, record)
+    except ValueError as error:
+        parser.error(str(error))
+    # Its own words are "HTTP Error 500 thrown while ...", for each attempt
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    disable_progress_bars()
+    try:
+        failed = push_all(args, record, asked)
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. Run the same command again: what was pushed is not pushed twice.")
+    if failed:
+        sys.exit(f"{prog}: error: {failed} not done, see above. Run the same command again later.")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for arguments that cannot work."""
+    if not args.output_dir.is_dir():
+        raise ValueError(f"{args.output_dir}: there is no such directory.")
+    if args.checkpoint not in (None, "all") and not args.checkpoint.isdigit():
+        raise ValueError(f"--checkpoint {args.checkpoint} is neither a step nor 'all'.")
+    if args.checkpoint == "all" and (args.revision or args.tag):
+        name = "revision" if args.revision else "tag"
+        raise ValueError(f"--{name} names one push, and --checkpoint all makes several. Give one --checkpoint N.")
+    if args.retry_seconds < 0:
+        raise ValueError(f"--retry_seconds {args.retry_seconds} must be 0 or more.")
+
+
+def complete_checkpoints(output_dir: Path) -> list[str]:
+    """Names of the whole checkpoints, oldest first."""
+    return [path.name for path in reversed(checkpoints(output_dir)) if damage(path) is None]
+
+
+def pushes_asked_for(args: argparse.Namespace, record: Record) -> list[Push]:
+    """The model, or the checkpoints that were named, and, without any choice, all that the run could not push.
+
+    Raises:
+        ValueError: if there is nothing to push.
+    """
+    run = record.model or Push(MODEL, args.output_dir.absolute().name)
+    base = dataclasses.replace(
+        run,
+        repo_id=args.repo_id or run.repo_id,
+        revision=args.revision or run.revision,
+        private=True if args.private else run.private,
+        merge=args.merge or run.merge,
+    )
+    known = complete_checkpoints(args.output_dir)
+    if args.checkpoint:
+        wanted = known if args.checkpoint == "all" else [f"checkpoint-{args.checkpoint}"]
+        if not wanted or not set(wanted) <= set(known):
+            listed = ", ".join(name.removeprefix("checkpoint-") for name in known) or "none"
+            raise ValueError(f"--checkpoint {args.checkpoint}: whole checkpoints in {args.output_dir}: {listed}.")
+        return [
+            dataclasses.replace(base, source=name, revision=args.revision or branch_of(name), message=f"Upload {name}")
+            for name in wanted
+        ]
+    if not has_weights(args.output_dir) and not known:
+        raise ValueError(f"{args.output_dir} holds neither a model nor a whole checkpoint.")
+    model = base if has_weights(args.output_dir) else dataclasses.replace(base, source=known[-1])
+    if args.repo_id or args.revision:
+        return [model]
+    return [model, *(push for push in record.missing if not same_place(push, model))]
+
+
+def push_all(args: argparse.Namespace, record: Record, pushes: Sequence[Push]) -> int:
+    """Push one after another, say what happened, and return how many failed."""
+    api = HfApi()
+    uploaded: dict[Push, Uploaded] = {}
+    for push in pushes:
+        try:
+            uploaded[push] = push_once_or_again(
+                api, args.output_dir, push, seconds=args.retry_seconds, say=lambda text: print(text, flush=True)
+            )
+            print(describe(push, uploaded[push]), flush=True)
+            forget(record, push)
+        except SourceGoneError as error:
+            print(f"Cannot be pushed any more: {push}: {error}.", flush=True)
+            forget(record, push)
+        except Exception as error:  # each is one line; the others are pushed
+            print(f"Not pushed: {push}: {explain(error)}.", flush=True)
+    failed = len(pushes) - len(uploaded)
+    if args.tag and pushes[0] in uploaded:
+        failed += not tag(api, uploaded[pushes[0]].repo_id, pushes[0].revision or "main", args.tag)
+    return failed
+
+
+def describe(push: Push, uploaded: Uploaded) -> str:
+    names = ", ".join(uploaded.files)
+    state = f"Pushed {push}: {names}" if uploaded.is_new else f"Already there: {push}: {names}"
+    return "\n  ".join([state, *uploaded.notes, uploaded.url])
+
+
+def forget(record: Record, push: Push) -> None:
+    """Take the push, and others to its place, from what is missing."""
+    left = {other: why for other, why in record.missing.items() if not same_place(other, push)}
+    if left == record.missing:
+        return
+    record.missing = left
+    try:
+        record.save()
+    except OSError as error:
+        print(f"{record.path} cannot be written, and still says that this is missing: {explain(error)}.", flush=True)
+
+
+def tag(api: HfApi, repo_id: str, branch: str, name: str) -> bool:
+    """Name what the branch holds now. False, with a line for the person, if the name is taken or the Hub refuses."""
+    try:
+        refs = api.list_repo_refs(repo_id)
+        [head] = [ref.target_commit for ref in refs.branches if ref.name == branch]
+        there = {ref.name: ref.target_commit for ref in refs.tags}
+        if there.get(name, head) != head:
+            raise PushError(f"the tag {name} exists already, for another commit. Choose another name")
+        if name not in there:
+            api.create_tag(repo_id, tag=name, revision=head)
+    except Exception as error:
+        print(f"Not tagged: {explain(error)}.", flush=True)
+        return False
+    print(f"Tagged {repo_id}@{branch} as {name}", flush=True)
+    return True

@@ -1,0 +1,138 @@
+"""`luffy-trl sft`: supervised fine-tuning on the same data, by TRL's SFTTrainer. The baseline, and the first half of
+SFT, then RL."""
+
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import ModelConfig, SFTConfig, SFTTrainer
+
+from ..demonstrations.encoding import demonstration_text
+from ..runs.checkpoints import NEWEST, checkpoints, find_checkpoint
+from ..runs.redaction import NoTokenInPickles
+from .inputs import (
+    EMBEDDED_TASK,
+    LuffyScriptArguments,
+    after_training,
+    before_training,
+    check_dataset_arguments,
+    check_output_dir,
+    load_dataset_splits,
+    load_split,
+    model_options,
+    train_until_stopped,
+    warn_of_checkpoints,
+)
+
+
+@dataclass
+class LuffySFTConfig(NoTokenInPickles, SFTConfig):
+    """SFTConfig that cuts nothing unless it is told to."""
+
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of prompt and demonstration together, behind which rows are cut. Default None: they are "
+            "not. (TRL's own default is 1024.)"
+        },
+    )
+
+
+def check_sft_arguments(script_args: LuffyScriptArguments, model_args: ModelConfig) -> None:
+    """Raises ValueError for arguments that do not go together, before anything is loaded."""
+    check_dataset_arguments(script_args, model_args)
+    if script_args.reward_funcs:
+        raise ValueError("--reward_funcs: SFT looks at no reward.")
+
+
+def to_prompt_completion(dataset: Dataset) -> Dataset:
+    """One row for each demonstration, in the two columns that SFTTrainer reads. Prompts without one are left out."""
+
+    def explode(batch: dict[str, list]) -> dict[str, list]:
+        values = batch.get("demonstrations") or [[completion] for completion in batch["completion"]]
+        pairs = [
+            (prompt, completion)
+            for prompt, completions in zip(batch["prompt"], values, strict=True)
+            for completion in completions or []
+            if completion is not None
+        ]
+        # One form for both, which is all that SFTTrainer takes. Says what is wrong with a demonstration that is none
+        texts = [demonstration_text(completion, "A demonstration") for _, completion in pairs]
+        completions = [
+            completion if isinstance(prompt, list) is isinstance(completion, list) else as_in(prompt, text)
+            for (prompt, completion), text in zip(pairs, texts, strict=True)
+        ]
+        return {"prompt": [prompt for prompt, _ in pairs], "completion": completions}
+
+    return dataset.map(explode, batched=True, remove_columns=dataset.column_names, desc="One row a demonstration")
+
+
+def as_in(prompt: str | list, text: str) -> str | list:
+    """The text in the prompt's form."""
+    return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+
+
+def resume_point(name: str | bool | None, output_dir: str) -> str | None:
+    """As [`find_checkpoint`], of checkpoints without a manifest: SFTTrainer writes the trainer state last.
+
+    Raises:
+        ValueError: if there is no such checkpoint.
+    """
+    if name not in NEWEST:
+        return find_checkpoint(name, output_dir)
+    return next((str(path) for path in checkpoints(output_dir) if (path / TRAINER_STATE_NAME).is_file()), None)
+
+
+def run_sft(
+    script_args: LuffyScriptArguments,
+    training_args: LuffySFTConfig,
+    model_args: ModelConfig,
+    command: str | None = None,
+) -> SFTTrainer:
+    """Fine-tune on the demonstrations, and save the model, its tokenizer and TRL's card to `output_dir`.
+
+    Args:
+        command: the command line, said with what was saved.
+
+    Raises:
+        UsageError: a ValueError, for arguments or data that do not go together, before any training step.
+        RunStopped: after a signal, when the checkpoint is saved.
+    """
+    with before_training():
+        check_sft_arguments(script_args, model_args)
+        check_output_dir(training_args.output_dir)
+        dataset_name = script_args.dataset_name or EMBEDDED_TASK
+        splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
+        dataset = load_split(splits, script_args.dataset_train_split, dataset_name)
+        if not isinstance(dataset, Dataset):
+            raise ValueError("--dataset_streaming is for train.py; SFT reads the whole dataset.")
+        columns = [column for column in ("completion", "demonstrations") if column in dataset.column_names]
+        if len(columns) != 1:
+            raise ValueError(
+                f"--dataset_name {dataset_name} needs one of the columns `completion` and `demonstrations`, and has "
+                f"{', '.join(dataset.column_names)}."
+            )
+        checkpoint = resume_point(training_args.resume_from_checkpoint, training_args.output_dir)
+        warn_of_checkpoints(training_args)
+        rows = to_prompt_completion(dataset)
+        if len(rows) == 0:
+            raise ValueError(f"--dataset_name {dataset_name}: none of its {len(dataset)} rows has a demonstration.")
+
+        eval_rows = None
+        if training_args.eval_strategy != "no":
+            eval_rows = to_prompt_completion(load_split(splits, script_args.dataset_test_split, dataset_name))
+        trainer = SFTTrainer(
+            args=training_args,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            **model_options(model_args, training_args),
+        )
+    trainer.accelerator.print(f"SFT on {len(rows)} demonstrations of {len(dataset)} prompts")
+    if checkpoint is not None:
+        trainer.accelerator.print(f"Resuming from {checkpoint}")
+    train_until_stopped(trainer, checkpoint)
+    with after_training():
+        trainer.save_model(training_args.output_dir)
+        trainer.save_state()  # for `luffy-trl report`
+        trainer.accelerator.print(f"Saved the model and its tokenizer to {training_args.output_dir}")
+    return trainer

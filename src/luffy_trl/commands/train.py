@@ -1,0 +1,108 @@
+"""One training run from arguments: what `train.py`, `luffy-trl train` and notebooks share."""
+
+from pathlib import Path
+from typing import Any
+
+from trl import ModelConfig
+
+from ..checks import check_reward_inputs
+from ..config import LuffyConfig
+from ..hub.card import CardFacts
+from ..hub.queue import what_is_missing
+from ..runs.recipe import as_yaml, given_fields
+from ..runs.redaction import known_secrets
+from ..runs.stopping import RunStopped
+from ..trainer import LuffyTrainer
+from .inputs import (
+    EMBEDDED_TASK,
+    LuffyScriptArguments,
+    after_training,
+    before_training,
+    check_arguments,
+    check_output_dir,
+    load_dataset_splits,
+    load_reward_funcs,
+    load_split,
+    model_options,
+    train_until_stopped,
+    warn_of_checkpoints,
+)
+from .summary import StartSummary, finish
+
+
+def run(
+    script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig, command: str | None = None
+) -> LuffyTrainer:
+    """Train, save the model, its tokenizer and its card to `output_dir`, and push them if asked to.
+
+    SIGTERM and SIGINT save a checkpoint at the end of the optimizer step and stop.
+
+    Args:
+        command: the command line for the card, without secrets.
+
+    Raises:
+        UsageError: a ValueError, for arguments or data that do not go together, before any training step.
+        RunStopped: after a signal, when the checkpoint is saved.
+    """
+    with before_training():
+        check_arguments(script_args, model_args)
+        check_output_dir(training_args.output_dir)
+        facts = card_facts(script_args, training_args, model_args, command)
+        dataset_name = script_args.dataset_name or EMBEDDED_TASK
+        reward_funcs = load_reward_funcs(script_args.reward_funcs, dataset_name)
+        splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
+        train_dataset = load_split(splits, script_args.dataset_train_split, dataset_name)
+        eval_dataset = None
+        if training_args.eval_strategy != "no":
+            eval_dataset = load_split(splits, script_args.dataset_test_split, dataset_name)
+        check_reward_inputs(reward_funcs, train_dataset, "--reward_funcs", f"--dataset_name {dataset_name}")
+        warn_of_checkpoints(training_args)
+
+        trainer = LuffyTrainer(
+            args=training_args,
+            reward_funcs=reward_funcs,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **model_options(model_args, training_args),
+        )
+    trainer.card_facts = facts
+    trainer.add_callback(StartSummary(trainer, dataset_name))
+    try:
+        train_until_stopped(trainer, training_args.resume_from_checkpoint)
+    except RunStopped:
+        if training_args.push_to_hub and (missing := what_is_missing(Path(training_args.output_dir))):
+            trainer.accelerator.print(missing)
+        raise
+
+    with after_training():
+        # Only a dataset of the Hub can be linked to
+        on_hub = dataset_name != EMBEDDED_TASK and not Path(dataset_name).exists()
+        card: dict[str, Any] = {
+            "model_name": Path(training_args.output_dir).name,
+            "dataset_name": dataset_name if on_hub else None,
+        }
+        commit = None
+        if training_args.push_to_hub:
+            commit = trainer.push_to_hub(**card)  # saves as below, before
+        else:
+            trainer.save_model(training_args.output_dir)
+            trainer.create_model_card(**card)
+            trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
+        finish(trainer)
+        if commit is not None:
+            trainer.accelerator.print(f"Pushed them to {commit.repo_url}")
+    return trainer
+
+
+def card_facts(
+    script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig, command: str | None
+) -> CardFacts:
+    """What the model card says about the arguments. To be asked before `run` changes any of them."""
+    name = script_args.dataset_name or EMBEDDED_TASK
+    data = None
+    if name == EMBEDDED_TASK:
+        data = "The data is the embedded letter walk, which `luffy_trl` generates."
+    elif Path(name).exists():
+        data = f"The data is `{Path(name).name}`, which is not on the Hub."
+    given = given_fields(model_args) | given_fields(script_args) | training_args.given
+    return CardFacts(data, as_yaml(given, known_secrets(training_args.hub_token)), command)

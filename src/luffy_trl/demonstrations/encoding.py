@@ -1,0 +1,313 @@
+"""Demonstrations: from the dataset's columns to token ids, and into the rows of a group.
+
+The data contract is TRL's prompt-completion type, so the same dataset also serves `SFTTrainer`:
+
+    completion         the demonstration: a str, or a list with one assistant message. None: this prompt has none.
+    demonstrations     instead of `completion`: a list of such completions, several per prompt.
+    completion_logps   optional: the behavior policy's log-prob of each token of `completion`, EOS included.
+
+They are encoded once, before training. A demonstration becomes what the policy would have had to sample: the tokens
+of its text, then EOS.
+"""
+
+import math
+import random
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+
+SOURCE_COLUMNS = ("completion", "demonstrations", "completion_logps")
+# What encoding leaves in their place. The trainer takes these columns out again before the reward functions. Ids and
+# log-probs are bytes, one value a demonstration: rows are copied, sent and walked through many times on their way.
+IDS_COLUMN = "demonstration_ids"  # list[bytes], int32
+LOGPS_COLUMN = "demonstration_logps"  # list[bytes], float32; there only where the data has `completion_logps`
+USABLE_COLUMN = "demonstrations_usable"  # int, how many there are
+DROPPED_COLUMN = "demonstrations_dropped"  # int, demonstrations of this row that were too long
+TRUNCATED_COLUMN = "demonstrations_truncated"  # int, demonstrations of this row that were cut
+ROW_COLUMN = "demonstrations_row"  # int, the row's place in the dataset; there only where a source asks for it
+ENCODED_COLUMNS = (IDS_COLUMN, LOGPS_COLUMN, USABLE_COLUMN, DROPPED_COLUMN, TRUNCATED_COLUMN, ROW_COLUMN)
+
+OVERFLOWS = ("drop", "truncate", "error")
+
+# Part of the datasets cache's fingerprint: raise it with every change of what encoding produces
+ENCODING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One off-policy completion: its token ids, and the behavior policy's log-prob of each, where known.
+
+    Where it is not `whole` it is a prefix, and the policy continues it.
+    """
+
+    token_ids: list[int]
+    logps: list[float] | None = None
+    whole: bool = True
+
+    def prefix(self, ratio: float) -> "Demonstration | None":
+        """The first part, `ratio` of the tokens rounded down; all of it is the demonstration itself, nothing None."""
+        given = math.floor(ratio * len(self.token_ids))
+        if given >= len(self.token_ids):
+            return self
+        if given == 0:
+            return None
+        return Demonstration(self.token_ids[:given], self.logps and self.logps[:given], whole=False)
+
+
+def demonstrations_of(row: dict[str, Any]) -> list[Demonstration]:
+    """The usable demonstrations of an encoded row."""
+    ids = [array("i", value).tolist() for value in row[IDS_COLUMN]]
+    logps = [array("f", value).tolist() or None for value in row.get(LOGPS_COLUMN, [b""] * len(ids))]
+    return [Demonstration(*pair) for pair in zip(ids, logps, strict=True)]
+
+
+def place_demonstrations(rows: list[dict[str, Any]], group_size: int, per_group: int) -> list[Demonstration | None]:
+    """Which rows of a batch hold a demonstration: the last ones of each group, up to `per_group` of them.
+
+    A prompt with more demonstrations than that gets a random choice, drawn from Python's generator, which the trainer
+    seeds and saves with every checkpoint. A prompt with fewer keeps more rows for rollouts.
+
+    Args:
+        rows: encoded rows, whole groups of `group_size` copies of one prompt, one after another.
+
+    Returns:
+        One entry a row: its demonstration, or None where the policy samples.
+    """
+    return fill_groups([demonstrations_of(row) for row in rows[::group_size]], group_size, per_group)
+
+
+def fill_groups(available: list[list[Demonstration]], group_size: int, per_group: int) -> list[Demonstration | None]:
+    """As `place_demonstrations`, from what there is for each group."""
+    placed: list[Demonstration | None] = []
+    for demonstrations in available:
+        chosen = random.sample(demonstrations, per_group) if len(demonstrations) > per_group else demonstrations
+        placed += [None] * (group_size - len(chosen))
+        placed += chosen
+    return placed
+
+
+class DemonstrationEncoder:
+    """Checks and tokenizes the demonstrations of a batch of dataset rows; made for `datasets.map(batched=True)`.
+
+    Args:
+        processing_class: the trainer's tokenizer or processor. Its tokenizer has an EOS token.
+        eos_token_ids: every token at which a rollout ends, the tokenizer's EOS among them.
+        max_length: `max_completion_length`, in tokens, EOS included.
+        overflow: what to do with a longer demonstration. "drop" it; "truncate" it to `max_length` tokens, which then
+            do not end with EOS; "error".
+        chat_template_kwargs: what prompts are rendered with, beside their messages.
+
+    Raises:
+        ValueError: naming the row and the field, for a prompt that is missing or has images; for a demonstration that
+            is empty, is no text, or holds an EOS before its end; for log-probs that are not finite, positive, or of
+            another number than the tokens; and for a demonstration that is too long under "error".
+    """
+
+    def __init__(
+        self,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        eos_token_ids: list[int],
+        max_length: int,
+        overflow: str,
+        chat_template_kwargs: dict[str, Any],
+    ):
+        self.version = ENCODING_VERSION
+        self.processing_class = processing_class
+        self.eos_token_ids = eos_token_ids
+        is_processor = isinstance(processing_class, ProcessorMixin)
+        self.tokenizer = processing_class.tokenizer if is_processor else processing_class
+        self.max_length = max_length
+        self.overflow = overflow
+        self.chat_template_kwargs = chat_template_kwargs
+
+    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        has_logps = "completion_logps" in batch
+        columns: dict[str, list] = {IDS_COLUMN: [], USABLE_COLUMN: [], DROPPED_COLUMN: [], TRUNCATED_COLUMN: []}
+        if has_logps:
+            columns[LOGPS_COLUMN] = []
+
+        for prompt, row in zip(batch["prompt"], indices, strict=True):
+            _check_prompt(prompt, row)
+        texts = [self._texts(batch, i, row) for i, row in enumerate(indices)]
+        # One call for all texts of the batch: fast tokenizers spread it over the cores
+        flat = [text for row_texts in texts for _, text in row_texts]
+        tokenized = self.tokenizer(flat, add_special_tokens=False, return_attention_mask=False) if flat else {}
+        flat_ids = iter(tokenized.get("input_ids", []))
+
+        for i, row in enumerate(indices):
+            ids_list, logps_list, dropped, truncated = [], [], 0, 0
+            for where, _ in texts[i]:
+                ids = self._end(next(flat_ids), where)
+                logps = batch["completion_logps"][i] if has_logps else None
+                if logps is not None:
+                    _check_logps(logps, len(ids), f"Row {row}: `completion_logps`")
+                fitting = self.fitting(Demonstration(ids, logps), where)
+                if fitting is None:
+                    dropped += 1
+                    continue
+                truncated += len(fitting.token_ids) < len(ids)
+                ids_list.append(array("i", fitting.token_ids).tobytes())
+                logps_list.append(array("f", fitting.logps or []).tobytes())
+            columns[IDS_COLUMN].append(ids_list)
+            columns[USABLE_COLUMN].append(len(ids_list))
+            columns[DROPPED_COLUMN].append(dropped)
+            columns[TRUNCATED_COLUMN].append(truncated)
+            if has_logps:
+                columns[LOGPS_COLUMN].append(logps_list)
+        return columns
+
+    def encode(self, value: Any, prompt: str | list[dict[str, Any]], where: str) -> Demonstration:
+        """One demonstration, however long: a completion in one of TRL's forms, or token ids with their log-probs.
+
+        Raises:
+            ValueError: starting with `where`, as for a dataset's row.
+        """
+        if isinstance(value, Demonstration):
+            if not value.token_ids:
+                raise ValueError(f"{where} has no tokens.")
+            ids, logps = self._end(list(value.token_ids), where), value.logps
+            if logps is not None:
+                _check_logps(logps, len(ids), f"`logps` of {where}")
+            return Demonstration(ids, logps)
+        text = demonstration_text(value, where)
+        if "<think>" in text:
+            text = without_repeated_opening(
+                rendered_prompt(self.processing_class, prompt, self.chat_template_kwargs), text
+            )
+        return Demonstration(self._end(self.tokenizer(text, add_special_tokens=False)["input_ids"], where))
+
+    def fitting(self, demonstration: Demonstration, where: str) -> Demonstration | None:
+        """The demonstration, if it fits; if it does not, what `overflow` makes of it, None where it is dropped."""
+        length = len(demonstration.token_ids)
+        if length <= self.max_length:
+            return demonstration
+        if self.overflow == "error":
+            raise ValueError(
+                f"{where} has {length} tokens, EOS included, more than max_completion_length={self.max_length}. Raise "
+                "max_completion_length, shorten it, or set demonstration_overflow to 'drop' or 'truncate'."
+            )
+        if self.overflow == "drop":
+            return None
+        logps = demonstration.logps and demonstration.logps[: self.max_length]
+        return Demonstration(demonstration.token_ids[: self.max_length], logps)
+
+    def _texts(self, batch: dict[str, list], i: int, row: int) -> list[tuple[str, str]]:
+        """(name for messages, text as the policy would write it) of each demonstration in the i-th row."""
+        if "demonstrations" in batch:
+            values = batch["demonstrations"][i]
+            if values is None:
+                values = []
+            if not isinstance(values, list):
+                raise ValueError(
+                    f"Row {row}: `demonstrations` is {brief(values)}, expected a list of completions (each a str, or "
+                    "a list with one assistant message)."
+                )
+            named = [(f"Row {row}: `demonstrations[{j}]`", value) for j, value in enumerate(values)]
+        else:
+            value = batch["completion"][i]
+            named = [] if value is None else [(f"Row {row}: `completion`", value)]
+        if not named:
+            return []
+        texts = [(where, demonstration_text(value, where)) for where, value in named]
+        if any("<think>" in text for _, text in texts):
+            prompt = rendered_prompt(self.processing_class, batch["prompt"][i], self.chat_template_kwargs)
+            texts = [(where, without_repeated_opening(prompt, text)) for where, text in texts]
+        return texts
+
+    def _end(self, ids: list[int], where: str) -> list[int]:
+        if not ids or ids[-1] not in self.eos_token_ids:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        early = [i for i in ids[:-1] if i in self.eos_token_ids]
+        if early:
+            raise ValueError(
+                f"{where} holds the end-of-sequence token {self.tokenizer.decode(early[:1])!r} before its end. The "
+                "policy could never write what follows it: cut the demonstration there, or remove the token."
+            )
+        return ids
+
+
+def _check_logps(logps: list[float], number_of_tokens: int, where: str) -> None:
+    if len(logps) != number_of_tokens:
+        raise ValueError(
+            f"{where} has {len(logps)} values, but `completion` has {number_of_tokens} tokens under this "
+            "tokenizer, EOS included and without a '<think>\\n' that the prompt already ends with. There must be "
+            "one log-prob a token."
+        )
+    for j, logp in enumerate(logps):
+        if logp is None or not math.isfinite(logp) or logp > 0:
+            raise ValueError(
+                f"{where}[{j}] is {logp}. A log-probability is a finite number not above 0: pass natural logs of "
+                "probabilities."
+            )
+
+
+def _check_prompt(prompt: Any, row: int) -> None:
+    if not isinstance(prompt, str | list) or not prompt:
+        raise ValueError(f"Row {row}: `prompt` is {brief(prompt)}, expected a str or a list of messages.")
+    for message in prompt if isinstance(prompt, list) else []:
+        parts = message["content"] if isinstance(message.get("content"), list) else []
+        if any(part.get("type") == "image" for part in parts):
+            raise ValueError(
+                f"Row {row}: `prompt` has an image, which is not supported together with demonstrations. Leave it "
+                "out, or set num_demonstrations=0."
+            )
+
+
+def demonstration_text(value: Any, where: str) -> str:
+    """The text of a completion in TRL's plain or conversational form.
+
+    Raises:
+        ValueError: starting with `where`, if there is none or it is empty.
+    """
+    expected = "expected a str, or a list with exactly one assistant message"
+    if isinstance(value, list):
+        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
+            roles = [m.get("role") if isinstance(m, dict) else brief(m) for m in value]
+            raise ValueError(
+                f"{where} is a list with roles {roles}; {expected}. The messages before it go in `prompt`."
+            )
+        message = value[0]
+        extra = [k for k, v in message.items() if k not in ("role", "content") and v]
+        if extra:
+            raise ValueError(
+                f"{where} has {', '.join(map(repr, extra))} beside its content. Only `content` is trained: write it "
+                "there in the form that the policy should produce, such as '<think>\\n...\\n</think>\\n\\n...'."
+            )
+        value = message.get("content")
+        if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+            value = "".join(part["text"] for part in value)
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is {brief(value)}, no text; {expected}.")
+    if not value.strip():
+        raise ValueError(f"{where} is empty. Give it a text, or None where the prompt has no demonstration.")
+    return value
+
+
+def rendered_prompt(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    prompt: str | list[dict[str, Any]],
+    chat_template_kwargs: dict[str, Any],
+) -> str:
+    """A prompt as it stands in front of the policy."""
+    if isinstance(prompt, str):
+        return prompt
+    return processing_class.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=False, **chat_template_kwargs
+    )
+
+
+def without_repeated_opening(prompt: str, text: str) -> str:
+    """The demonstration without a leading `<think>` that the rendered prompt already ends with."""
+    for opening in ("<think>\n", "<think>"):
+        if prompt.endswith(opening) and text.startswith(opening):
+            return text.removeprefix(opening)
+    return text
+
+
+def brief(value: Any) -> str:
+    """A value as messages show it: its type, and its beginning."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"

@@ -1,0 +1,236 @@
+"""Where the demonstrations of a group come from: the dataset, the policy's own past, or a function of the user's.
+
+A source decides, before a generation, which rows of its groups hold a demonstration. One that learns from the run
+(`uses_rollouts`) is also told what the rollouts were worth and how the policy saw them, and is saved with every
+checkpoint.
+"""
+
+import json
+import random
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from ..runs.imports import named_function
+from .encoding import (
+    DROPPED_COLUMN,
+    ENCODED_COLUMNS,
+    ROW_COLUMN,
+    TRUNCATED_COLUMN,
+    Demonstration,
+    DemonstrationEncoder,
+    fill_groups,
+    place_demonstrations,
+)
+from .replay import ReplayBuffer, Trajectory
+
+
+Row = dict[str, Any]
+# From a row of the dataset to its demonstrations: each a str, a list with one assistant message, or a `Demonstration`
+SourceFunction = Callable[[Row], list[Any] | None]
+
+SOURCES = ("dataset", "replay")
+FUNCTIONS: dict[str, SourceFunction] = {}
+
+
+def register_source(function: SourceFunction) -> str:
+    """Make a function known by its name, for a config that is saved by name; the later one of a name counts.
+
+    Raises:
+        ValueError: if it has no name of its own (a lambda, a partial) or that of a built-in source.
+    """
+    name = getattr(function, "__name__", "")
+    if not name.isidentifier() or name in SOURCES:
+        raise ValueError(f"demonstration_source={function!r} needs a name of its own: define it with `def`.")
+    FUNCTIONS[name] = function
+    return name
+
+
+def get_source_function(name: str) -> SourceFunction:
+    """The function behind a registered name or a dotted path.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    return named_function(
+        name,
+        FUNCTIONS,
+        "demonstration_source",
+        f"demonstration_source={name!r} is not one of {', '.join(map(repr, SOURCES))}, nor the dotted path of a "
+        "function of yours, such as my_demonstrations.of.",
+    )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The rows of one process's generation, and which of them hold a demonstration (None: the policy samples)."""
+
+    rows: list[Row]
+    demonstrations: list[Demonstration | None]
+    dropped: int = 0  # demonstrations that were too long
+    truncated: int = 0
+
+
+class DemonstrationSource(ABC):
+    """What the trainer asks of a source. One that only places demonstrations needs only `place`."""
+
+    uses_rollouts = False
+
+    # What a source does not need does nothing
+    # ruff: noqa: B027
+
+    @abstractmethod
+    def place(self, rows: list[Row], group_size: int, per_group: int) -> Placement:
+        """Choose the demonstrations of a generation, at most `per_group` in each group.
+
+        Args:
+            rows: of the dataset, whole groups of `group_size` copies of one of them, one after another. A source may
+                put rows of its own in their place.
+        """
+
+    def record(self, rows: list[int], solved: list[int], rollouts: list[int]) -> None:
+        """What came out of a generation: one value a group of all processes, the same on each of them."""
+
+    def remember(self, row: int, token_ids: np.ndarray, logps: np.ndarray, entropy: float) -> None:
+        """A solved rollout of this process, with the log-probs of the policy that sampled it and its mean entropy."""
+
+    def metrics(self) -> dict[str, float]:
+        """To be logged after each generation as means over the processes; the same names on all of them."""
+        return {}
+
+    def save(self, checkpoint: Path, process: int, processes: int) -> None:
+        """Write what is needed to go on; each process calls it."""
+
+    def load(self, checkpoint: Path, process: int, processes: int) -> None:
+        """Go on from a checkpoint, of the same or another number of processes."""
+
+
+class DatasetSource(DemonstrationSource):
+    """The demonstrations that the dataset brings, encoded before training."""
+
+    def place(self, rows: list[Row], group_size: int, per_group: int) -> Placement:
+        prompts = rows[::group_size]
+        return Placement(
+            rows,
+            place_demonstrations(rows, group_size, per_group),
+            dropped=sum(row[DROPPED_COLUMN] for row in prompts),
+            truncated=sum(row[TRUNCATED_COLUMN] for row in prompts),
+        )
+
+
+class FunctionSource(DemonstrationSource):
+    """What a function of the user's returns for each prompt, encoded as the dataset's demonstrations are.
+
+    The function is called once a group, with the dataset's row.
+
+    Raises:
+        ValueError: from `place`, naming the function and the prompt, for what is no demonstration.
+    """
+
+    def __init__(self, function: SourceFunction, name: str, encoder: DemonstrationEncoder):
+        self.function = function
+        self.name = name
+        self.encoder = encoder
+
+    def place(self, rows: list[Row], group_size: int, per_group: int) -> Placement:
+        available, dropped, truncated = [], 0, 0
+        for row in rows[::group_size]:
+            encoded = self._encoded({key: value for key, value in row.items() if key not in ENCODED_COLUMNS})
+            fitting = [self.encoder.fitting(*pair) for pair in encoded]
+            kept = [demonstration for demonstration in fitting if demonstration is not None]
+            available.append(kept)
+            dropped += len(encoded) - len(kept)
+            truncated += sum(
+                short is not None and len(short.token_ids) < len(whole.token_ids)
+                for short, (whole, _) in zip(fitting, encoded, strict=True)
+            )
+        return Placement(rows, fill_groups(available, group_size, per_group), dropped, truncated)
+
+    def _encoded(self, row: Row) -> list[tuple[Demonstration, str]]:
+        """Each demonstration, and what messages call it."""
+        prompt = row["prompt"]
+        try:
+            values = self.function(row)
+        except Exception as error:
+            error.add_note(f"Raised by demonstration_source {self.name!r} for the prompt {prompt!r:.200}")
+            raise
+        where = f"demonstration_source {self.name!r}, prompt {prompt!r:.200}: what it returned"
+        if values is not None and not isinstance(values, list):
+            raise ValueError(
+                f"{where} is a {type(values).__name__}, expected a list of completions (each a str, a list with one "
+                "assistant message, or a luffy_trl.demonstrations.Demonstration), or None."
+            )
+        named = [(value, f"{where}[{i}]") for i, value in enumerate(values or [])]
+        return [(self.encoder.encode(value, prompt, name), name) for value, name in named]
+
+
+class ReplaySource(DemonstrationSource):
+    """ExGRPO: some groups of a generation are of prompts that the policy has solved before, with a past solution.
+
+    Success and retirement are of all processes; each keeps the trajectories that it has sampled itself.
+
+    Args:
+        dataset: what the rows come from, with the column `ROW_COLUMN`.
+        ratio: share of a generation's groups that are replayed, where the buffer has as many prompts. A fraction of a
+            group is left to chance.
+    """
+
+    uses_rollouts = True
+
+    def __init__(self, dataset: Dataset, buffer: ReplayBuffer, ratio: float):
+        self.dataset = dataset
+        self.buffer = buffer
+        self.ratio = ratio
+        self._replayed = 0.0  # share of the latest generation's groups
+
+    def place(self, rows: list[Row], group_size: int, per_group: int) -> Placement:
+        groups = len(rows) // group_size
+        replayed: dict[int, int] = {}  # group -> row of the dataset
+        if self.buffer.started:
+            number = int(self.ratio * groups + random.random())
+            prompts = self.buffer.sample(number, leave_out={row[ROW_COLUMN] for row in rows})
+            replayed = dict(zip(random.sample(range(groups), len(prompts)), prompts, strict=True))
+        self._replayed = len(replayed) / groups
+        new_rows: list[Row] = []
+        available: list[list[Demonstration]] = []
+        for group in range(groups):
+            if group in replayed:
+                row = replayed[group]
+                new_rows += [self.dataset[row]] * group_size
+                available.append([Demonstration(*t.unpacked()) for t in self.buffer.best(row, per_group)])
+            else:
+                new_rows += rows[group * group_size : (group + 1) * group_size]
+                available.append([])
+        return Placement(new_rows, fill_groups(available, group_size, per_group))
+
+    def record(self, rows: list[int], solved: list[int], rollouts: list[int]) -> None:
+        self.buffer.record(rows, solved, rollouts)
+
+    def remember(self, row: int, token_ids: np.ndarray, logps: np.ndarray, entropy: float) -> None:
+        self.buffer.add(Trajectory.of(row, token_ids, logps, entropy))
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "replay/size": float(len(self.buffer)),
+            "replay/prompts": float(len(self.buffer.prompts)),
+            "replay/retired": float(len(self.buffer.retired)),
+            "replay/groups": self._replayed,
+        }
+
+    def save(self, checkpoint: Path, process: int, processes: int) -> None:
+        self.buffer.save(checkpoint, process, processes, _identity(self.dataset))
+
+    def load(self, checkpoint: Path, process: int, processes: int) -> None:
+        self.buffer.load(checkpoint, process, processes, _identity(self.dataset))
+
+
+def _identity(dataset: Dataset) -> str:
+    """The number of rows, and a checksum of up to about 1000 prompts among them."""
+    prompts = dataset.select(range(0, len(dataset), max(len(dataset) // 1000, 1)))["prompt"]
+    return f"{len(dataset)}-{zlib.crc32(json.dumps(list(prompts)).encode()):08x}"
