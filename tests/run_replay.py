@@ -49,7 +49,9 @@ def main(model_dir: str, output_dir: str) -> None:
     trainer = make_trainer(model_dir, output_dir, max_steps=8)
     trainer.train()
     other = make_trainer(model_dir, output_dir, max_steps=8)
-    other._source.load(Path(output_dir) / "checkpoint-8", *other._process)
+    other._source.load(
+        Path(output_dir) / "checkpoint-8", other.accelerator.process_index, other.accelerator.num_processes
+    )
     trained, loaded = kept(trainer), kept(other)
     if trainer.is_world_process_zero():
         log = [line for line in trainer.state.log_history if "loss" in line]

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from trl import GRPOTrainer
 
-from luffy_trl.padding.micro_batches import drop_zero_advantages, optimizer_steps, order_by_length, pack, trim, unpack
+from luffy_trl.padding.micro_batches import drop_zero_advantages, optimizer_steps, order_by_length, trim
+from luffy_trl.padding.packing import pack, unpack
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
 from .test_trainer import with_demonstrations
@@ -238,13 +240,13 @@ def test_demonstrations_need_no_old_log_probs(make_trainer, rows, monkeypatch):
     trainer = make_trainer(rows, beta=0.1, **SHAPE)
     trainer.model.train()
     scored = []
-    forward = type(trainer).__mro__[1]._get_per_token_logps_and_entropies
+    forward = GRPOTrainer._get_per_token_logps_and_entropies
 
     def counting(self, model, input_ids, attention_mask, logits_to_keep, **kwargs):
         scored.append((model is self.ref_model, *input_ids.shape))
         return forward(self, model, input_ids, attention_mask, logits_to_keep, **kwargs)
 
-    monkeypatch.setattr(type(trainer).__mro__[1], "_get_per_token_logps_and_entropies", counting)
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", counting)
     output = trainer._generate_and_score_completions([row for row in trainer.train_dataset for _ in range(4)])
     for is_reference in (True, False):
         assert sum(n for r, n, _ in scored if r == is_reference) == 14  # of 16 rows two are demonstrations

@@ -198,7 +198,7 @@ def test_gradients_with_replayed_rows_equal_plain_torch(make_trainer, prompts):
 
     # a generation of rollouts alone fills the buffer with what the policy thought of them
     inputs = trainer._prepare_inputs(batch)
-    remembered = inputs["remembered_row"].clone()
+    remembered = inputs["row_to_remember"].clone()
     texts = trainer.processing_class.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
     assert (remembered >= 0).tolist() == [reward >= 1 for reward in often_solved(texts)]
     trainer.compute_loss(model, inputs)
@@ -226,7 +226,7 @@ def test_gradients_with_replayed_rows_equal_plain_torch(make_trainer, prompts):
     group = [trainer.train_dataset[other]] * GROUP
     trainer.args.steps_per_generation, trainer.args.per_device_train_batch_size = 1, GROUP
     inputs = trainer._prepare_inputs(group)
-    assert (inputs["remembered_row"][inputs["off_policy_mask"].any(1)] == -1).all()
+    assert (inputs["row_to_remember"][inputs["off_policy_mask"].any(1)] == -1).all()
     trainer.compute_loss(model, inputs).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -326,7 +326,7 @@ def test_a_function_of_the_users_is_a_source(make_trainer, prompts, tokenizer):
     text = tokenizer("5;a#a" + tokenizer.eos_token)["input_ids"]
     tokens = ([5, 6, 7, 1], pytest.approx([-0.5, -1.0, -2.0, -0.1]))
     assert sorted(given) == sorted([(text, [0.0] * len(text)), tokens] * 2, key=lambda pair: pair[0])
-    assert trainer._metrics["train"]["off_policy/dropped"] == [2]
+    assert trainer._means.take()["off_policy/dropped"] == 2
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from luffy_trl.demonstrations.encoding import Demonstration
-from luffy_trl.demonstrations.schedules import demonstration_weight, prefix_ratio
+from luffy_trl.demonstrations.schedules import prefix_ratio, weight_factor
 
 
 @pytest.mark.parametrize(
@@ -31,9 +31,9 @@ def test_uniform_prefix_ratio():
 
 
 def test_weight_over_a_run():
-    assert [demonstration_weight("constant", p) for p in (0.0, 0.5, 1.0)] == [1.0, 1.0, 1.0]
-    assert [demonstration_weight("linear", p) for p in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
-    assert [demonstration_weight("cosine", p) for p in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 0.0])
+    assert [weight_factor("constant", p) for p in (0.0, 0.5, 1.0)] == [1.0, 1.0, 1.0]
+    assert [weight_factor("linear", p) for p in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
+    assert [weight_factor("cosine", p) for p in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 0.0])
 
 
 def test_a_prefix_of_a_demonstration():

@@ -52,6 +52,8 @@ def with_demonstrations(walks: Dataset, demonstrations: list) -> Dataset:
 def assert_finite(log_history: list[dict]) -> None:
     for line in log_history:
         for key, value in line.items():
+            if value is None and key.startswith("clip_ratio/"):  # TRL's word for a step without rollouts of its kind
+                continue
             assert value is not None, key
             assert math.isfinite(value), f"{key}={value}"
 
@@ -230,7 +232,7 @@ def test_in_a_closed_group_a_row_with_a_prefix_has_no_advantage(make_trainer, wa
     )
     output = generate_batch(trainer)
     assert output["advantages"].tolist() == [0.0, 0.0, 0.0, 0.0, -0.25, -0.25, -0.25, 0.75]
-    assert output["demonstration_weight"].tolist() == [0.0] * 7 + [1.0]
+    assert output["off_policy_weight"].tolist() == [0.0] * 7 + [1.0]
 
 
 def test_weights_that_make_one_in_theory_solve_a_prompt(make_trainer):
@@ -344,9 +346,8 @@ def test_behavior_logps_reach_the_ratio(make_trainer, walks):
         width,
     )[0]
     ratios = (policy - expected).exp()[output["off_policy_mask"]]
-    total, count = trainer._sums["off_policy/ratio"]
-    assert count == 8
-    assert total / count == pytest.approx(ratios.mean().item(), rel=1e-5)
+    assert len(ratios) == 8
+    assert trainer._means.take()["off_policy/ratio"] == pytest.approx(ratios.mean().item(), rel=1e-5)
 
 
 def test_padding_has_no_say(make_trainer, walks):
@@ -757,6 +758,8 @@ def test_vllm_is_asked_for_rollouts_only(make_trainer, walks):
 
 def test_all_processes_ask_for_as_many_rows(make_trainer, monkeypatch):
     trainer = make_trainer()
-    monkeypatch.setattr("luffy_trl.trainer.gather_object", lambda counts: [*counts, 5])  # another process has five
+    monkeypatch.setattr(
+        "luffy_trl.padding.mixin.gather_object", lambda counts: [*counts, 5]
+    )  # another process has five
     assert trainer._as_many_everywhere([0, 2, 3]) == [0, 2, 3, 3, 3]
     assert trainer._as_many_everywhere([0, 1, 2, 3, 4]) == [0, 1, 2, 3, 4]

@@ -12,7 +12,7 @@ from trl.generation.vllm_client import VLLMClient
 
 from luffy_trl import SUPPORTED_TRL, LuffyTrainer
 from luffy_trl.objective import LOSS_TYPES
-from luffy_trl.trainer import bound_waiting
+from luffy_trl.runs.stopping import bound_waiting
 
 
 SIGNATURES = {

@@ -1,19 +1,161 @@
-"""Whether the reward functions find in the dataset what they read: said before anything is sampled."""
+"""What is refused and warned of before anything is learned: each check says what is wrong, and what to do.
+
+Refusals are ValueErrors, in the order in which a run meets them: options and columns, the tokenizer, the reward
+functions. Warnings are sentences; a check that only warns never ends a run.
+"""
 
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
+from .advantages import Outcome
+from .config import LuffyConfig
 from .data.loading import first_rows
+from .demonstrations.encoding import (
+    DROPPED_COLUMN,
+    ENCODED_COLUMNS,
+    SOURCE_COLUMNS,
+    TRUNCATED_COLUMN,
+    USABLE_COLUMN,
+    column_names,
+)
+from .demonstrations.placement import Placement
 
+
+# TRL hands each dataset column to the reward functions by name, beside these arguments of its own
+RESERVED_COLUMNS = ("prompts", "completions")
 
 # What TRL gives to every reward function, beside the dataset's columns
 ALWAYS_GIVEN = {
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments",
 }  # fmt: skip
 READ_MESSAGES = (accuracy_reward, reasoning_accuracy_reward, think_format_reward)
+
+
+# Options and columns
+
+
+def check_options(arguments: dict[str, Any], args: LuffyConfig) -> None:
+    """Refuse, by name, data and options that would fail later or silently do something else.
+
+    Args:
+        arguments: of the trainer's constructor, by name.
+
+    Raises:
+        ValueError: naming the option or the column.
+    """
+    train_dataset, eval_dataset = arguments.get("train_dataset"), arguments.get("eval_dataset")
+    named = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        named |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    else:
+        named["eval_dataset"] = eval_dataset
+    for name, dataset in named.items():
+        if isinstance(dataset, Dataset | IterableDataset):
+            _check_columns(name, column_names(dataset), arguments.get("environment_factory") is not None)
+    if isinstance(train_dataset, Dataset):
+        _check_size(train_dataset, args)
+    columns = column_names(train_dataset) if isinstance(train_dataset, Dataset | IterableDataset) else None
+    if args.skip_zero_advantages and columns is not None:
+        _check_no_images_are_skipped(columns)
+    if args.num_demonstrations > 0:
+        _check_options_beside_demonstrations(arguments, args)
+        if columns is not None:
+            if args.demonstration_source == "dataset":
+                _check_demonstration_columns(columns)
+            _check_columns_beside_demonstrations(columns)
+
+
+def _check_size(train_dataset: Dataset, args: LuffyConfig) -> None:
+    prompts = args.generation_batch_size // args.num_generations
+    if len(train_dataset) < prompts:
+        raise ValueError(
+            f"`train_dataset` has {len(train_dataset)} rows, fewer than the {prompts} prompts of one generation "
+            f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations}), "
+            "so no step would be taken. Add rows, or lower gradient_accumulation_steps or "
+            "per_device_train_batch_size."
+        )
+
+
+def _check_no_images_are_skipped(columns: list[str]) -> None:
+    images = [column for column in columns if column in ("image", "images")]
+    if images:
+        raise ValueError(
+            f"skip_zero_advantages=True cannot be combined with images, and `train_dataset` has a column "
+            f"{images[0]!r}: rows with images stay in their micro-batches. Set it to False."
+        )
+
+
+def _check_options_beside_demonstrations(arguments: dict[str, Any], args: LuffyConfig) -> None:
+    for option in ("tools", "rollout_func", "environment_factory"):
+        if arguments.get(option):
+            raise ValueError(
+                f"`{option}` cannot be combined with demonstrations: what a tool or an environment would have "
+                f"answered to them is not known. Set num_demonstrations=0, or leave `{option}` out."
+            )
+    if args.demonstration_source == "replay" and isinstance(arguments.get("train_dataset"), IterableDataset):
+        raise ValueError(
+            "demonstration_source='replay' needs a dataset whose rows can be read again, and `train_dataset` is a "
+            "stream. Load it without dataset_streaming (streaming=False)."
+        )
+
+
+def _check_columns(name: str, columns: list[str], environment_makes_prompts: bool) -> None:
+    if not columns:
+        raise ValueError(f"`{name}` is empty.")
+    if "prompt" not in columns and not environment_makes_prompts:
+        raise ValueError(f"`{name}` has no `prompt` column, only {columns}.")
+    for column in RESERVED_COLUMNS:
+        if column in columns:
+            raise ValueError(
+                f"`{name}` has a column {column!r}, the name under which reward functions receive the trainer's own "
+                f"{column}. Rename it: demonstrations are called 'completion' or 'demonstrations'."
+            )
+
+
+def _check_demonstration_columns(columns: list[str]) -> None:
+    has_one, has_several = "completion" in columns, "demonstrations" in columns
+    if not has_one and not has_several:
+        raise ValueError(
+            f"`train_dataset` has neither a `completion` nor a `demonstrations` column, only {columns}. Add one (see "
+            "luffy_trl.demonstrations.encoding), or set num_demonstrations=0 for plain GRPO."
+        )
+    if has_one and has_several:
+        raise ValueError("`train_dataset` has both `completion` and `demonstrations`. Remove one of them.")
+    if has_several and "completion_logps" in columns:
+        raise ValueError(
+            "`train_dataset` has `completion_logps`, which go with `completion`, but its demonstrations are in "
+            "`demonstrations`. Use `completion`, or remove the log-probs."
+        )
+
+
+def _check_columns_beside_demonstrations(columns: list[str]) -> None:
+    if "image" in columns or "images" in columns:
+        raise ValueError(
+            "`train_dataset` has images, which are not supported together with demonstrations. Remove the column, or "
+            "set num_demonstrations=0."
+        )
+    taken = [column for column in ENCODED_COLUMNS if column in columns]
+    if taken:
+        raise ValueError(f"`train_dataset` has a column {taken[0]!r}, a name LuffyTrainer uses itself. Rename it.")
+
+
+# The tokenizer
+
+
+def check_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no EOS token, so a demonstration cannot end. Set `tokenizer.eos_token` to the token "
+            "that ends the model's answers and pass it as `processing_class`."
+        )
+
+
+# The reward functions
 
 
 def check_reward_inputs(
@@ -51,3 +193,69 @@ def needed_columns(function: Callable) -> list[str]:
         for parameter in inspect.signature(function).parameters.values()
         if parameter.default is parameter.empty and parameter.kind in named and parameter.name not in ALWAYS_GIVEN
     ]
+
+
+# What is said of encoded demonstrations
+
+
+def check_encoded(dataset: Dataset, max_completion_length: int, overflow: str) -> list[str]:
+    """A sentence on demonstrations that were too long, if any was.
+
+    Raises:
+        ValueError: if no prompt has a usable demonstration.
+    """
+    guided = sum(usable > 0 for usable in dataset[USABLE_COLUMN])
+    dropped, truncated = sum(dataset[DROPPED_COLUMN]), sum(dataset[TRUNCATED_COLUMN])
+    too_long = (
+        f"{dropped} demonstrations dropped and {truncated} truncated for having more than max_completion_length="
+        f"{max_completion_length} tokens (demonstration_overflow={overflow!r})"
+    )
+    if guided == 0:
+        raise ValueError(
+            f"None of the {len(dataset)} prompts has a usable demonstration; {too_long}. Give the dataset "
+            "demonstrations that fit, or set num_demonstrations=0 for plain GRPO."
+        )
+    if dropped == truncated == 0:
+        return []
+    return [f"{guided} of {len(dataset)} prompts have a demonstration; {too_long}."]
+
+
+def unused_columns(dataset: Dataset) -> list[str]:
+    """With replay, a sentence on demonstrations of the dataset, which it does not use."""
+    return [
+        f"demonstration_source='replay' does not use the column {column!r} of `train_dataset`."
+        for column in SOURCE_COLUMNS
+        if column in dataset.column_names
+    ][:1]
+
+
+# What is said of a generation
+
+
+def overflow_warnings(placement: Placement, max_completion_length: int) -> list[str]:
+    """A sentence on a generation whose demonstrations were all too long, on this process."""
+    if not placement.dropped or any(d is not None for d in placement.demonstrations):
+        return []
+    return [
+        "All demonstrations of a generation were dropped for having more than max_completion_length="
+        f"{max_completion_length} tokens."
+    ]
+
+
+def first_generation_warnings(outcome: Outcome) -> list[str]:
+    """Sentences on rewards from which nothing can be learned."""
+    messages, rewards = [], outcome.rewards
+    if rewards.isnan().all():
+        messages.append(
+            "No reward function had a reward for any completion of the first generation (all None), so nothing is "
+            "learned from it. TRL's accuracy rewards give None for a `solution` that they cannot read: it must be "
+            "text that holds the answer alone."
+        )
+    graded = rewards[outcome.has_demonstration & ~rewards.isnan()]
+    if graded.numel() > 0 and (graded <= 0).all():
+        messages.append(
+            "No demonstration of the first generation earned a reward, so nothing is learned from them. Most "
+            "often the reward looks for something that they do not have (such as '</think>' or \\boxed{}), or "
+            "`solution` is not their answer: grade one by hand."
+        )
+    return messages

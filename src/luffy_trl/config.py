@@ -4,12 +4,13 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from trl import GRPOConfig
 
 from .demonstrations.encoding import OVERFLOWS
 from .demonstrations.schedules import PREFIX_STRATEGIES, WEIGHT_SCHEDULES
 from .demonstrations.sources import SOURCES, get_source_function, register_source
+from .hub.mixin import HubPushConfig
 from .objective import LOSS_TYPES
+from .padding.mixin import PaddingFreeConfig
 from .runs.recipe import given_fields
 from .runs.redaction import NoTokenInPickles
 from .shaping import get_shaping, register_shaping
@@ -20,7 +21,7 @@ DEMONSTRATION_LOSSES = ("importance_sampling", "sft")
 
 
 @dataclass
-class LuffyConfig(NoTokenInPickles, GRPOConfig):
+class LuffyConfig(NoTokenInPickles, PaddingFreeConfig, HubPushConfig):
     """
     Configuration of [`LuffyTrainer`]: every field of [`~trl.GRPOConfig`], and the ones below.
 
@@ -181,134 +182,91 @@ class LuffyConfig(NoTokenInPickles, GRPOConfig):
             "without, so that num_demonstrations=0 is GRPO bit for bit."
         },
     )
-    packed_forward: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Run each micro-batch as one row of sequences without padding. Needs attention that keeps "
-            "packed sequences apart by their position ids. Default: on with flash attention, off elsewhere, where it "
-            "would be slower."
-        },
-    )
-    skip_zero_advantages: bool = field(
-        default=False,
-        metadata={
-            "help": "Leave rows without an advantage out of the forward and backward pass: they add nothing to the "
-            "gradient. Token metrics (entropy, prob) are then means over the other rows. Not with beta > 0, an "
-            "entropy bonus, top_entropy_quantile < 1 or 'bnpo', which use these rows. Default: False."
-        },
-    )
-
-    merge_and_push: bool = field(
-        default=False,
-        metadata={
-            "help": "With an adapter and push_to_hub: push the adapter merged into its base, in place of the adapter. "
-            "The output directory keeps the adapter. Default: False."
-        },
-    )
-    hub_checkpoint_revisions: bool = field(
-        default=False,
-        metadata={
-            "help": "With push_to_hub: push each checkpoint's model as a branch of its own, step-N. Default: False."
-        },
-    )
-    hub_retry_seconds: float = field(
-        default=300.0,
-        metadata={
-            "help": "For how many seconds each push to the Hub is tried again, with growing waits, after a lost "
-            "connection or a busy server. Then the run goes on without it. 0: one attempt. Default: 300."
-        },
-    )
 
     def __post_init__(self):
-        # Before anything is derived: the recipe on the model card
-        self.given = given_fields(self)
+        self.given = given_fields(self)  # the recipe on the model card: before anything is derived
         self.given.pop("hub_token", None)
+        if self.trim_padding is None:
+            self.trim_padding = self.num_demonstrations > 0
+        self._check_names()
+        self._check_ranges()
+        self._check_combinations()
+        super().__post_init__()
+        if self.device.type == "cpu":
+            # Accelerate's name for it in a distributed run is "cpu:0", which torch.load does not know: no resuming
+            self._setup_devices = torch.device("cpu")
+        if self.num_demonstrations > 0:
+            self._check_groups_stay_whole(self.steps_per_generation)
+
+    def _check_names(self):
+        # By name from here on: the config is saved with each checkpoint, and a function does not serialize
         if callable(self.shaping):
-            # By name from here on: the config is saved with each checkpoint, and a function does not serialize
             self.shaping = register_shaping(self.shaping)
         get_shaping(self.shaping)
         if callable(self.demonstration_source):
             self.demonstration_source = register_source(self.demonstration_source)
         if self.demonstration_source not in SOURCES:
             get_source_function(self.demonstration_source)
-        _one_of("loss_type", self.loss_type, LOSS_TYPES)
-        _one_of("demonstration_overflow", self.demonstration_overflow, OVERFLOWS)
-        _one_of("demonstration_loss", self.demonstration_loss, DEMONSTRATION_LOSSES)
-        _one_of("demonstration_weight_schedule", self.demonstration_weight_schedule, WEIGHT_SCHEDULES)
-        _one_of("prefix_strategy", self.prefix_strategy, PREFIX_STRATEGIES)
-        _share("prefix_min", self.prefix_min)
-        _share("prefix_max", self.prefix_max)
+        _check_name("loss_type", self.loss_type, LOSS_TYPES)
+        _check_name("demonstration_overflow", self.demonstration_overflow, OVERFLOWS)
+        _check_name("demonstration_loss", self.demonstration_loss, DEMONSTRATION_LOSSES)
+        _check_name("demonstration_weight_schedule", self.demonstration_weight_schedule, WEIGHT_SCHEDULES)
+        _check_name("prefix_strategy", self.prefix_strategy, PREFIX_STRATEGIES)
+        _check_name("advantage_baseline", self.advantage_baseline, ADVANTAGE_BASELINES)
+
+    def _check_ranges(self):
+        for name in ("prefix_min", "prefix_max", "replay_ratio", "replay_start"):
+            _check_share(name, getattr(self, name))
+        if self.success_gate is not None:
+            _check_share("success_gate", self.success_gate)
+        for name in ("shaping_gamma", "shaping_exponent"):
+            _check_positive(name, getattr(self, name))
+        if not (math.isfinite(self.demonstration_weight) and self.demonstration_weight >= 0):
+            raise ValueError(f"demonstration_weight={self.demonstration_weight} must be a finite number, 0 or above.")
+        if self.replay_capacity < 1:
+            raise ValueError(f"replay_capacity={self.replay_capacity} must be 1 or above.")
+        if self.num_demonstrations < 0:
+            raise ValueError(f"num_demonstrations={self.num_demonstrations} must be 0 (plain GRPO) or above.")
+
+    def _check_combinations(self):
         if self.prefix_min > self.prefix_max:
             raise ValueError(f"prefix_min={self.prefix_min} must not be above prefix_max={self.prefix_max}.")
-        if self.success_gate is not None:
-            _share("success_gate", self.success_gate)
         if self.demonstration_loss == "sft" and self.advantage_baseline != "on_policy":
             raise ValueError(
                 f"demonstration_loss='sft' cannot be combined with advantage_baseline={self.advantage_baseline!r}: "
                 "demonstrations without an advantage of their own must not move the rollouts'. Set "
                 "advantage_baseline='on_policy'."
             )
-        _one_of("advantage_baseline", self.advantage_baseline, ADVANTAGE_BASELINES)
-        _positive("shaping_gamma", self.shaping_gamma)
-        _positive("shaping_exponent", self.shaping_exponent)
-        if not (math.isfinite(self.demonstration_weight) and self.demonstration_weight >= 0):
-            raise ValueError(f"demonstration_weight={self.demonstration_weight} must be a finite number, 0 or above.")
-        _share("replay_ratio", self.replay_ratio)
-        _share("replay_start", self.replay_start)
-        if self.replay_capacity < 1:
-            raise ValueError(f"replay_capacity={self.replay_capacity} must be 1 or above.")
+        if self.demonstration_loss == "sft" and self.skip_zero_advantages:
+            raise ValueError(
+                "skip_zero_advantages=True cannot be combined with demonstration_loss='sft': demonstrations are "
+                "trained without an advantage there. Set it to False."
+            )
         if self.num_demonstrations == 0 and self.demonstration_source != "dataset":
             raise ValueError(
                 f"demonstration_source={self.demonstration_source!r} has nothing to do with num_demonstrations=0. Set "
                 "num_demonstrations to 1 or more, or leave demonstration_source out."
             )
-        if self.num_demonstrations < 0:
-            raise ValueError(f"num_demonstrations={self.num_demonstrations} must be 0 (plain GRPO) or above.")
         if self.num_demonstrations >= self.num_generations:
             raise ValueError(
                 f"num_demonstrations={self.num_demonstrations} must be below num_generations={self.num_generations}: "
                 "demonstrations take the place of rollouts, and each group needs at least one rollout."
             )
-
-        if not (math.isfinite(self.hub_retry_seconds) and self.hub_retry_seconds >= 0):
-            raise ValueError(f"hub_retry_seconds={self.hub_retry_seconds} must be a number of seconds, 0 or above.")
-        for name in ("merge_and_push", "hub_checkpoint_revisions"):
-            if getattr(self, name) and not self.push_to_hub:
-                raise ValueError(f"{name}=True does nothing without push_to_hub=True. Set both, or neither.")
-
-        if self.num_demonstrations > 0 and self.generation_batch_size is None:
-            # Before TRL's own check, whose message names fields that are derived
-            self._check_demonstrations_can_be_placed(self.steps_per_generation or self.gradient_accumulation_steps)
-        super().__post_init__()
-
-        if self.device.type == "cpu":
-            # Accelerate's name for it in a distributed run is "cpu:0", which torch.load does not know: no resuming
-            self._setup_devices = torch.device("cpu")
         if self.num_demonstrations > 0:
-            self._check_demonstrations_can_be_placed(self.steps_per_generation)
-        if self.trim_padding is None:
-            self.trim_padding = self.num_demonstrations > 0
-        if self.skip_zero_advantages:
-            self._check_zero_advantages_can_be_skipped()
+            self._check_demonstrations_can_be_used()
+            if self.generation_batch_size is None:
+                # Before TRL's own check, whose message names fields that are derived
+                self._check_groups_stay_whole(self.steps_per_generation or self.gradient_accumulation_steps)
 
-    def _check_zero_advantages_can_be_skipped(self):
-        uses = {
-            "beta": self.beta != 0,
-            "entropy_coef": self.entropy_coef != 0,
-            "use_adaptive_entropy": self.use_adaptive_entropy,
-            "top_entropy_quantile": self.top_entropy_quantile < 1,
-            "loss_type": self.loss_type == "bnpo",
-            "demonstration_loss": self.demonstration_loss == "sft",
-            "trim_padding": not self.trim_padding,
-        }
-        for name, used in uses.items():
-            if used:
-                raise ValueError(
-                    f"skip_zero_advantages=True cannot be combined with {name}={getattr(self, name)!r}: rows without "
-                    "an advantage would be missed there."
-                )
+    def _check_demonstrations_can_be_used(self):
+        if self.max_completion_length is None:
+            raise ValueError("max_completion_length=None: demonstrations need a limit. Set a number of tokens.")
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns=True would take the demonstrations out of the dataset. Set it to False."
+            )
 
-    def _check_demonstrations_can_be_placed(self, steps_per_generation: int):
+    def _check_groups_stay_whole(self, steps_per_generation: int):
         rows = self.per_device_train_batch_size * steps_per_generation
         if rows % self.num_generations != 0:
             raise ValueError(
@@ -318,24 +276,18 @@ class LuffyConfig(NoTokenInPickles, GRPOConfig):
                 "split between processes: raise gradient_accumulation_steps (or steps_per_generation) or "
                 "per_device_train_batch_size."
             )
-        if self.max_completion_length is None:
-            raise ValueError("max_completion_length=None: demonstrations need a limit. Set a number of tokens.")
-        if self.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns=True would take the demonstrations out of the dataset. Set it to False."
-            )
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_name(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
 
 
-def _share(name: str, value: float) -> None:
+def _check_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name}={value} must be a number from 0 to 1.")
 
 
-def _positive(name: str, value: float) -> None:
+def _check_positive(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}={value} must be a finite number above 0.")

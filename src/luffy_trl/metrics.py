@@ -1,23 +1,158 @@
-"""Where an optimizer step's time goes: TRL times its phases too, but for trackers alone, not for the log."""
+"""What is logged beside TRL's metrics (docs/metrics.md says what each name means).
 
+A metric that is a mean over tokens or rows is kept as a sum and a count. The sums of a micro-batch are masked,
+stacked, added up over the processes by one collective, and stay on the device until the log is written: training never
+waits for a number that only a reader needs.
+"""
+
+import math
 import time
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from .advantages import Outcome
+from .demonstrations.placement import Generation, Placement
 
 
-def timed(phase: str) -> Callable[[Callable], Callable]:
-    """For a trainer's method: adds its seconds, during training, to `_phase_seconds[phase]`."""
+# Of the log of an importance ratio, for its mean to stay finite: e^20 is as telling as more
+LARGEST_LOG_RATIO = 20.0
 
-    def decorate(method: Callable) -> Callable:
-        @wraps(method)
-        def wrapper(self, *args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = method(self, *args, **kwargs)
-            if self.model.training:
-                self._phase_seconds[phase] += time.perf_counter() - start
-            return result
+# name -> (sum, count): numbers, or tensors of one element
+Sums = Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]]
 
-        return wrapper
 
-    return decorate
+class Means:
+    """Means since they were last taken, over all processes.
+
+    Args:
+        reduce: adds a tensor up over the processes.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, reduce: Callable[[torch.Tensor], torch.Tensor], device: torch.device):
+        self._reduce, self._device = reduce, device
+        self._sums: dict[tuple[str, ...], torch.Tensor] = {}  # names added together -> (names, 2)
+
+    def add(self, sums: Sums) -> None:
+        """Collective: the same names on each process, whatever rows it holds."""
+        # bool.sum() is an integer, which stack would not mix with floats
+        flat = [
+            torch.as_tensor(value, dtype=torch.float32, device=self._device)
+            for pair in sums.values()
+            for value in pair
+        ]
+        reduced = self._reduce(torch.stack(flat).view(-1, 2))
+        names = tuple(sums)
+        self._sums[names] = self._sums[names] + reduced if names in self._sums else reduced
+
+    def take(self) -> dict[str, float]:
+        """The means, and a new beginning. A name with nothing to report is left out."""
+        if not self._sums:
+            return {}
+        names = [name for added in self._sums for name in added]
+        pairs = torch.cat(list(self._sums.values())).tolist()
+        self._sums.clear()
+        return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count > 0}
+
+
+def token_sums(
+    logps: torch.Tensor,
+    entropies: torch.Tensor,
+    mask: torch.Tensor,
+    off_policy_mask: torch.Tensor,
+    behavior_logps: torch.Tensor | None = None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What the policy makes of a micro-batch's tokens.
+
+    Args:
+        logps, entropies: of the policy, `(B, T)`, in nats.
+        mask: True on the tokens that count, `(B, T)`.
+        off_policy_mask: True on those of demonstrations, `(B, T)`.
+        behavior_logps: `(B, T)`; None where the behavior policy was certain.
+    """
+    on_policy = mask & ~off_policy_mask  # (B, T)
+    log_ratio = logps if behavior_logps is None else logps - behavior_logps  # (B, T)
+    on_count, off_count = on_policy.sum(), off_policy_mask.sum()
+    probs, ratio = logps.exp(), log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
+    return {
+        "on_policy/entropy": (_sum(entropies, on_policy), on_count),
+        "on_policy/prob": (_sum(probs, on_policy), on_count),
+        "off_policy/entropy": (_sum(entropies, off_policy_mask), off_count),
+        "off_policy/prob": (_sum(probs, off_policy_mask), off_count),
+        "off_policy/ratio": (_sum(ratio, off_policy_mask), off_count),
+        "off_policy/token_fraction": (off_count, on_count + off_count),
+    }
+
+
+def _sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return values.float().masked_fill(~mask, 0.0).sum()  # a product would keep the NaN of a token that does not count
+
+
+def length_sums(generation: Generation, ends: Sequence[int]) -> dict[str, tuple[float, float]]:
+    """Lengths and truncation of this process's completions.
+
+    Args:
+        ends: ids of the tokens that end a completion.
+    """
+    pairs = list(zip(generation.completion_ids, generation.placement.demonstrations, strict=True))
+    rollouts = [ids for ids, demonstration in pairs if demonstration is None]
+    demonstrated = [ids for ids, demonstration in pairs if demonstration is not None]
+    return {
+        "on_policy/length": (sum(map(len, rollouts)), len(rollouts)),
+        "off_policy/length": (sum(map(len, demonstrated)), len(demonstrated)),
+        "on_policy/clipped_ratio": (sum(ids[-1] not in ends for ids in rollouts), len(rollouts)),
+    }
+
+
+def source_sums(
+    placement: Placement, of_source: Mapping[str, float], processes: int
+) -> dict[str, tuple[float, float]]:
+    """What a source counts, as means over generations: overflow of all processes, its own metrics of a process.
+
+    Args:
+        of_source: its own metrics, the same names on all processes.
+    """
+    share = 1 / processes
+    overflow = {"off_policy/dropped": placement.dropped, "off_policy/truncated": placement.truncated}
+    return {name: (count, share) for name, count in overflow.items()} | {
+        name: (value * share, share) for name, value in of_source.items()
+    }
+
+
+def group_metrics(outcome: Outcome) -> dict[str, float]:
+    """Rewards, and what groups hold; a mean over nothing is left out. Of all processes, the same on each of them."""
+    held = outcome.has_demonstration
+    demonstrated = held.view_as(outcome.solved)  # (groups, G)
+    guided = demonstrated.any(1)  # (groups,)
+    values = {
+        "on_policy/reward": outcome.rewards.masked_fill(held, torch.nan).nanmean(),
+        "off_policy/reward": outcome.rewards.masked_fill(~held, torch.nan).nanmean(),
+        "groups/solve_none": (~outcome.solved.any(1)).float().mean(),
+        "groups/solve_all": (outcome.solved | demonstrated).all(1).float().mean(),
+        "groups/guided": guided.float().mean(),
+        "groups/gate_open": (guided & outcome.is_open).float().mean(),
+    }
+    numbers = zip(values, torch.stack(list(values.values())).tolist(), strict=True)
+    return {name: number for name, number in numbers if not math.isnan(number)}
+
+
+class Stopwatch:
+    """Where an optimizer step's time goes. TRL times its phases too, but for trackers alone, not for the log."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[phase] += time.perf_counter() - start
+
+    def take(self, steps: int) -> dict[str, float]:
+        """Seconds of each phase a step, on this process, since they were last taken."""
+        seconds = {f"time/{phase}": total / steps for phase, total in self._seconds.items()}
+        self._seconds.clear()
+        return seconds

@@ -1,15 +1,28 @@
-"""The off-policy half of LUFFY's objective, and the denominators it shares with TRL's on-policy half.
+"""The loss of a micro-batch: TRL's own on the rollouts' tokens, and one term more for the demonstrations'.
 
-For a group of rollouts (on-policy) and demonstrations (off-policy), mixed-policy GRPO of arXiv 2504.14945:
+Mixed-policy GRPO (LUFFY, arXiv 2504.14945, section 3) of a group of rollouts (on-policy) and demonstrations
+(off-policy), with A the advantage over the group and r = pi_theta / pi_behavior:
 
-    loss = sum over rollout tokens of TRL's own loss / D  +  sum over demonstration tokens of -A f(r) / D
+    loss = [ sum over rollout tokens of TRL's policy loss  +  w sum over demonstration tokens of -A f(r) ] / D
+           + what TRL adds for rollouts alone: KL, entropy bonus, each averaged as TRL averages it
 
-with A the advantage over the whole group, r = pi_theta / pi_behavior and D given by `loss_type`.
+D is TRL's denominator for the `loss_type` (`token_denominator`), counted over the tokens of both; w is 1 in the paper.
+With `demonstration_loss="sft"` -log pi_theta takes the place of -A f(r). Of a completion that begins with a
+demonstration and is continued by the policy, the first part is a demonstration's tokens, the rest a rollout's.
+
+The first sum is TRL's code, which is shown the rollouts' tokens alone (`hide_demonstrations`); nothing of it is
+written again here.
 """
+
+from typing import Any
 
 import torch
 
 from .shaping import Shaping, get_shaping
+
+
+# Below the log-prob of any token: exp(this - logp) does not overflow
+BELOW_ALL_LOGPS = -1e4
 
 
 def off_policy_loss(
@@ -43,11 +56,52 @@ def off_policy_loss(
     return -advantages * get_shaping(shaping)(log_ratio, gamma, exponent)
 
 
+def demonstration_term(
+    per_token_loss: torch.Tensor, off_policy_mask: torch.Tensor, weights: torch.Tensor, denominator: torch.Tensor
+) -> torch.Tensor:
+    """The demonstrations' part of a micro-batch's loss, a scalar; exactly 0, with a gradient, where it holds none.
+
+    Args:
+        per_token_loss: `(B, T)`, of any value where there is no demonstration.
+        off_policy_mask: True on the demonstrations' tokens, `(B, T)`.
+        weights: `(B,)`, w of each row.
+        denominator: `(B, 1)`, of `token_denominator`.
+    """
+    weighted = (weights.unsqueeze(1) * per_token_loss).masked_fill(~off_policy_mask, 0.0)  # (B, T)
+    return (weighted / denominator).sum()
+
+
+def hide_demonstrations(
+    batch: dict[str, Any], seen_denominator: torch.Tensor, whole_denominator: torch.Tensor
+) -> dict[str, Any]:
+    """The micro-batch as TRL's loss should see it: demonstrations are context, nothing of them is trained.
+
+    TRL's `tool_mask` means just that, tokens that the policy did not sample: clipping, KL, entropy bonus and
+    quantile, sequence-level ratios and TRL's own metrics all respect it. Log-probs recorded for these tokens are
+    replaced by values that keep ratio and KL finite, however improbable the tokens are: TRL multiplies them by the
+    mask, and infinity times 0 is NaN.
+
+    Args:
+        batch: TRL's keys, and `off_policy_mask` `(B, T)`. It is not changed.
+        seen_denominator, whole_denominator: `(B, 1)`, of `token_denominator` over the rollouts' tokens, and over all.
+            Where TRL averages over the tokens that it sees, scaling the advantages by their ratio, which is never
+            negative, makes that an average over all: each of TRL's policy losses is proportional to the advantage's
+            size. (KL and entropy bonus are not: they stay averages over the rollouts' tokens.)
+    """
+    off_policy_mask = batch["off_policy_mask"]  # (B, T)
+    hidden = {**batch, "tool_mask": (~off_policy_mask).long()}
+    hidden["advantages"] = batch["advantages"].unsqueeze(1) * (seen_denominator / whole_denominator)  # (B, 1)
+    for key, harmless in (("old_per_token_logps", 0.0), ("ref_per_token_logps", BELOW_ALL_LOGPS)):
+        if key in batch:
+            hidden[key] = batch[key].masked_fill(off_policy_mask, harmless)
+    return hidden
+
+
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
 
 
 def token_denominator(
-    loss_type: str, mask: torch.Tensor, max_completion_length: int, tokens_in_step: torch.Tensor | float
+    loss_type: str, mask: torch.Tensor, max_completion_length: int, mean_tokens: torch.Tensor | float
 ) -> torch.Tensor:
     """What TRL divides a token's loss by in a micro-batch, before gradient accumulation.
 
@@ -55,7 +109,7 @@ def token_denominator(
         loss_type: one of `LOSS_TYPES`, TRL's names.
         mask: True on the tokens that count, `(B, T)`.
         max_completion_length: in tokens; the constant length of "dr_grpo" (arXiv 2503.20783).
-        tokens_in_step: tokens in the whole optimizer step, per process; used by "dapo", "cispo" and "vespo".
+        mean_tokens: tokens of a micro-batch on average, over a whole generation; used by "dapo", "cispo" and "vespo".
 
     Returns:
         `(B, 1)`; the same value in each row except for the types that average within a row first.
@@ -72,8 +126,8 @@ def token_denominator(
         denominator = torch.tensor(float(batch_size * max_completion_length), device=mask.device)
     elif loss_type == "luspo":  # sum over a row's tokens, mean over rows
         denominator = torch.tensor(float(batch_size), device=mask.device)
-    elif loss_type in ("cispo", "dapo", "vespo"):  # mean over the optimizer step's tokens
-        denominator = torch.as_tensor(tokens_in_step, dtype=torch.float32, device=mask.device)
+    elif loss_type in ("cispo", "dapo", "vespo"):  # mean over the tokens of a generation
+        denominator = torch.as_tensor(mean_tokens, dtype=torch.float32, device=mask.device)
     else:
         raise ValueError(f"Unknown loss_type {loss_type!r}. Known are {', '.join(map(repr, LOSS_TYPES))}.")
     return denominator.expand(batch_size, 1)

@@ -19,10 +19,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from ..data.contract import to_contract
 from ..data.loading import choose_split, load_splits
-from ..demonstrations.agreement import OPENING, disagreements
+from ..demonstrations.agreement import LOOKED_AT, OPENING, disagreements
 from ..demonstrations.encoding import rendered_prompt
 from ..reporting.tables_and_curves import text_table
-from ..trainer import LOOKED_AT
 
 
 # Pickled weights are left behind: they can execute anything

@@ -48,7 +48,7 @@ def start_summary(trainer: LuffyTrainer, dataset_name: str) -> str:
         "group": _group(args),
         "step": batch_arithmetic(args, trainer.accelerator.num_processes),
         "run": _count(state.max_steps, "optimizer step") + _epochs(trainer),
-        "off-policy": off_policy(args, trainer._has_behavior_logps) if args.num_demonstrations else "nothing (GRPO)",
+        "off-policy": off_policy(args, trainer._source.gives_logps) if args.num_demonstrations else "nothing (GRPO)",
         "memory": memory(trainer),
         "output": args.output_dir,
     }

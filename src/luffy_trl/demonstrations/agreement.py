@@ -8,10 +8,14 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from .encoding import demonstration_text, rendered_prompt, without_repeated_opening
 
+
+# Rows whose prompts and demonstrations are compared before training
+LOOKED_AT = 100
 
 OPENING, CLOSING = "<think>", "</think>"
 
@@ -75,6 +79,16 @@ def disagreements(
     if conversation is not None:
         messages += _end_of_turn(processing_class, eos_token_ids, conversation, kwargs)
     return messages
+
+
+def first_disagreements(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    eos_token_ids: list[int],
+    dataset: Dataset | IterableDataset,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[str]:
+    """As [`disagreements`], of a dataset's first rows."""
+    return disagreements(processing_class, eos_token_ids, dataset.take(LOOKED_AT), chat_template_kwargs)
 
 
 def beyond_window(config: PretrainedConfig, max_completion_length: int | None) -> list[str]:

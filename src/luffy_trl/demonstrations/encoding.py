@@ -1,4 +1,4 @@
-"""Demonstrations: from the dataset's columns to token ids, and into the rows of a group.
+"""Demonstrations from the dataset's columns to token ids.
 
 The data contract is TRL's prompt-completion type, so the same dataset also serves `SFTTrainer`:
 
@@ -11,11 +11,12 @@ of its text, then EOS.
 """
 
 import math
-import random
 from array import array
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
@@ -32,6 +33,9 @@ ENCODED_COLUMNS = (IDS_COLUMN, LOGPS_COLUMN, USABLE_COLUMN, DROPPED_COLUMN, TRUN
 
 OVERFLOWS = ("drop", "truncate", "error")
 
+# Rows tokenized together: 100 long traces are some 10 MB of tokens
+ENCODED_AT_ONCE = 100
+
 # Part of the datasets cache's fingerprint: raise it with every change of what encoding produces
 ENCODING_VERSION = 1
 
@@ -40,53 +44,30 @@ ENCODING_VERSION = 1
 class Demonstration:
     """One off-policy completion: its token ids, and the behavior policy's log-prob of each, where known.
 
-    Where it is not `whole` it is a prefix, and the policy continues it.
+    Where it is `continued`, it is the beginning of one, and the policy goes on from there.
     """
 
     token_ids: list[int]
     logps: list[float] | None = None
-    whole: bool = True
+    continued: bool = False
 
     def prefix(self, ratio: float) -> "Demonstration | None":
         """The first part, `ratio` of the tokens rounded down; all of it is the demonstration itself, nothing None."""
-        given = math.floor(ratio * len(self.token_ids))
-        if given >= len(self.token_ids):
+        length = math.floor(ratio * len(self.token_ids))
+        if length >= len(self.token_ids):
             return self
-        if given == 0:
+        if length == 0:
             return None
-        return Demonstration(self.token_ids[:given], self.logps and self.logps[:given], whole=False)
+        return Demonstration(self.token_ids[:length], self.logps and self.logps[:length], continued=True)
 
 
 def demonstrations_of(row: dict[str, Any]) -> list[Demonstration]:
     """The usable demonstrations of an encoded row."""
     ids = [array("i", value).tolist() for value in row[IDS_COLUMN]]
-    logps = [array("f", value).tolist() or None for value in row.get(LOGPS_COLUMN, [b""] * len(ids))]
-    return [Demonstration(*pair) for pair in zip(ids, logps, strict=True)]
-
-
-def place_demonstrations(rows: list[dict[str, Any]], group_size: int, per_group: int) -> list[Demonstration | None]:
-    """Which rows of a batch hold a demonstration: the last ones of each group, up to `per_group` of them.
-
-    A prompt with more demonstrations than that gets a random choice, drawn from Python's generator, which the trainer
-    seeds and saves with every checkpoint. A prompt with fewer keeps more rows for rollouts.
-
-    Args:
-        rows: encoded rows, whole groups of `group_size` copies of one prompt, one after another.
-
-    Returns:
-        One entry a row: its demonstration, or None where the policy samples.
-    """
-    return fill_groups([demonstrations_of(row) for row in rows[::group_size]], group_size, per_group)
-
-
-def fill_groups(available: list[list[Demonstration]], group_size: int, per_group: int) -> list[Demonstration | None]:
-    """As `place_demonstrations`, from what there is for each group."""
-    placed: list[Demonstration | None] = []
-    for demonstrations in available:
-        chosen = random.sample(demonstrations, per_group) if len(demonstrations) > per_group else demonstrations
-        placed += [None] * (group_size - len(chosen))
-        placed += chosen
-    return placed
+    if LOGPS_COLUMN not in row:
+        return [Demonstration(token_ids) for token_ids in ids]
+    logps = [array("f", value).tolist() for value in row[LOGPS_COLUMN]]  # empty: this one brings none
+    return [Demonstration(token_ids, values or None) for token_ids, values in zip(ids, logps, strict=True)]
 
 
 class DemonstrationEncoder:
@@ -140,7 +121,7 @@ class DemonstrationEncoder:
         for i, row in enumerate(indices):
             ids_list, logps_list, dropped, truncated = [], [], 0, 0
             for where, _ in texts[i]:
-                ids = self._end(next(flat_ids), where)
+                ids = self._ended(next(flat_ids), where)
                 logps = batch["completion_logps"][i] if has_logps else None
                 if logps is not None:
                     _check_logps(logps, len(ids), f"Row {row}: `completion_logps`")
@@ -168,16 +149,12 @@ class DemonstrationEncoder:
         if isinstance(value, Demonstration):
             if not value.token_ids:
                 raise ValueError(f"{where} has no tokens.")
-            ids, logps = self._end(list(value.token_ids), where), value.logps
+            ids, logps = self._ended(list(value.token_ids), where), value.logps
             if logps is not None:
                 _check_logps(logps, len(ids), f"`logps` of {where}")
             return Demonstration(ids, logps)
-        text = demonstration_text(value, where)
-        if "<think>" in text:
-            text = without_repeated_opening(
-                rendered_prompt(self.processing_class, prompt, self.chat_template_kwargs), text
-            )
-        return Demonstration(self._end(self.tokenizer(text, add_special_tokens=False)["input_ids"], where))
+        [text] = self._as_written(prompt, [demonstration_text(value, where)])
+        return Demonstration(self._ended(self.tokenizer(text, add_special_tokens=False)["input_ids"], where))
 
     def fitting(self, demonstration: Demonstration, where: str) -> Demonstration | None:
         """The demonstration, if it fits; if it does not, what `overflow` makes of it, None where it is dropped."""
@@ -209,15 +186,18 @@ class DemonstrationEncoder:
         else:
             value = batch["completion"][i]
             named = [] if value is None else [(f"Row {row}: `completion`", value)]
-        if not named:
-            return []
-        texts = [(where, demonstration_text(value, where)) for where, value in named]
-        if any("<think>" in text for _, text in texts):
-            prompt = rendered_prompt(self.processing_class, batch["prompt"][i], self.chat_template_kwargs)
-            texts = [(where, without_repeated_opening(prompt, text)) for where, text in texts]
-        return texts
+        texts = [demonstration_text(value, where) for where, value in named]
+        return list(zip([where for where, _ in named], self._as_written(batch["prompt"][i], texts), strict=True))
 
-    def _end(self, ids: list[int], where: str) -> list[int]:
+    def _as_written(self, prompt: str | list[dict[str, Any]], texts: list[str]) -> list[str]:
+        """The texts as the policy would write them after this prompt, which may already open the thought."""
+        if not any("<think>" in text for text in texts):
+            return texts
+        rendered = rendered_prompt(self.processing_class, prompt, self.chat_template_kwargs)
+        return [without_repeated_opening(rendered, text) for text in texts]
+
+    def _ended(self, ids: list[int], where: str) -> list[int]:
+        """The tokens with an end of sequence at their end, and nowhere else."""
         if not ids or ids[-1] not in self.eos_token_ids:
             ids = [*ids, self.tokenizer.eos_token_id]
         early = [i for i in ids[:-1] if i in self.eos_token_ids]
@@ -227,6 +207,52 @@ class DemonstrationEncoder:
                 "policy could never write what follows it: cut the demonstration there, or remove the token."
             )
         return ids
+
+
+def encode_dataset(
+    dataset: Dataset | IterableDataset,
+    encoder: DemonstrationEncoder,
+    first: AbstractContextManager = nullcontext(),  # noqa: B008 - holds nothing
+) -> Dataset | IterableDataset:
+    """The dataset with the columns of the data contract replaced by token ids; a stream is encoded as it is read.
+
+    Args:
+        first: entered around the work: on several processes the others wait, and read the cache of the first.
+
+    Raises:
+        ValueError: of the encoder.
+    """
+    columns = column_names(dataset)
+    used = [column for column in SOURCE_COLUMNS if column in columns]
+    options: dict[str, Any] = {"batched": True, "batch_size": ENCODED_AT_ONCE, "with_indices": True}
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(encoder, remove_columns=used, **options)
+
+    features = {name: feature for name, feature in dataset.features.items() if name not in used}
+    features[IDS_COLUMN] = List(Value("binary"))
+    features |= dict.fromkeys((USABLE_COLUMN, DROPPED_COLUMN, TRUNCATED_COLUMN), Value("int32"))
+    if "completion_logps" in used:
+        features[LOGPS_COLUMN] = List(Value("binary"))
+    with first:
+        return dataset.map(
+            encoder,
+            writer_batch_size=ENCODED_AT_ONCE,
+            remove_columns=used,
+            features=Features(features),
+            desc="Encoding demonstrations",
+            **options,
+        )
+
+
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """Column names; those of a stream that does not know them are read off its first row, none if it is empty."""
+    return dataset.column_names or list(next(iter(dataset), {}))
+
+
+def without_demonstrations(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as the reward functions get them, in training and evaluation alike."""
+    ours = (*SOURCE_COLUMNS, *ENCODED_COLUMNS)
+    return [{key: value for key, value in row.items() if key not in ours} for row in rows]
 
 
 def _check_logps(logps: list[float], number_of_tokens: int, where: str) -> None:

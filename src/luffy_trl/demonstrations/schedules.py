@@ -11,8 +11,8 @@ WEIGHT_SCHEDULES = ("constant", "linear", "cosine")
 PREFIX_STRATEGIES = ("fixed", "uniform", "linear", "cosine", "reverse")
 
 
-def demonstration_weight(schedule: str, progress: float) -> float:
-    """Factor on the demonstrations' loss: 1, or falling from 1 to 0."""
+def weight_factor(schedule: str, progress: float) -> float:
+    """What `demonstration_weight` is multiplied by: 1, or falling from 1 to 0."""
     return {"constant": 1.0, "linear": 1.0 - progress, "cosine": _cosine(progress)}[schedule]
 
 

@@ -1,7 +1,7 @@
 """Where the demonstrations of a group come from: the dataset, the policy's own past, or a function of the user's.
 
-A source decides, before a generation, which rows of its groups hold a demonstration. One that learns from the run
-(`uses_rollouts`) is also told what the rollouts were worth and how the policy saw them, and is saved with every
+A source decides, before a generation, which rows of its groups hold a demonstration. One that draws on the rollouts of
+the run (`uses_rollouts`) is also told what they were worth and how the policy saw them, and is saved with every
 checkpoint.
 """
 
@@ -10,11 +10,11 @@ import random
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 from ..runs.imports import named_function
@@ -25,13 +25,11 @@ from .encoding import (
     TRUNCATED_COLUMN,
     Demonstration,
     DemonstrationEncoder,
-    fill_groups,
-    place_demonstrations,
 )
+from .placement import Placement, Row, fill_groups, place_demonstrations
 from .replay import ReplayBuffer, Trajectory
 
 
-Row = dict[str, Any]
 # From a row of the dataset to its demonstrations: each a str, a list with one assistant message, or a `Demonstration`
 SourceFunction = Callable[[Row], list[Any] | None]
 
@@ -67,20 +65,12 @@ def get_source_function(name: str) -> SourceFunction:
     )
 
 
-@dataclass(frozen=True)
-class Placement:
-    """The rows of one process's generation, and which of them hold a demonstration (None: the policy samples)."""
-
-    rows: list[Row]
-    demonstrations: list[Demonstration | None]
-    dropped: int = 0  # demonstrations that were too long
-    truncated: int = 0
-
-
 class DemonstrationSource(ABC):
     """What the trainer asks of a source. One that only places demonstrations needs only `place`."""
 
     uses_rollouts = False
+    gives_logps = True  # whether any of its demonstrations may bring the behavior policy's log-probs
+    overflow_is_known = False  # whether it was counted before training which demonstrations are too long
 
     # What a source does not need does nothing
     # ruff: noqa: B027
@@ -111,8 +101,50 @@ class DemonstrationSource(ABC):
         """Go on from a checkpoint, of the same or another number of processes."""
 
 
+class NoSource(DemonstrationSource):
+    """No demonstration for any prompt: GRPO."""
+
+    gives_logps = False
+
+    def place(self, rows: list[Row], group_size: int, per_group: int) -> Placement:
+        return Placement(rows, [None] * len(rows))
+
+
+def remember_solved(
+    source: DemonstrationSource, batch: dict[str, Any], logps: torch.Tensor, entropies: torch.Tensor
+) -> None:
+    """Hand the solved rollouts of a micro-batch to the source, the first time that they are seen.
+
+    Args:
+        batch: with `row_to_remember` `(B,)`, the rollout's row in the dataset, -1 for what is not to be remembered;
+            -1 everywhere afterwards, for with `num_iterations` the batch comes again.
+        logps, entropies: of the policy, `(B, T)`.
+    """
+    # TRL leaves the sampling policy's log-probs out where the policy has not moved since: then they are `logps`
+    sampled = batch.get("old_per_token_logps", logps)
+    for i in (batch["row_to_remember"] >= 0).nonzero().flatten().tolist():
+        mask = batch["completion_mask"][i].bool()  # (T,)
+        if not mask.any():  # mask_truncated_completions: nothing of it is trained, now or later
+            continue
+        source.remember(
+            int(batch["row_to_remember"][i]),
+            batch["completion_ids"][i][mask].cpu().numpy(),
+            sampled[i][mask].float().cpu().numpy(),
+            entropies[i][mask].float().mean().item(),
+        )
+    batch["row_to_remember"].fill_(-1)
+
+
 class DatasetSource(DemonstrationSource):
-    """The demonstrations that the dataset brings, encoded before training."""
+    """The demonstrations that the dataset brings, encoded before training.
+
+    Args:
+        gives_logps: whether it has `completion_logps`.
+        overflow_is_known: whether it is no stream.
+    """
+
+    def __init__(self, gives_logps: bool, overflow_is_known: bool):
+        self.gives_logps, self.overflow_is_known = gives_logps, overflow_is_known
 
     def place(self, rows: list[Row], group_size: int, per_group: int) -> Placement:
         prompts = rows[::group_size]
@@ -176,7 +208,7 @@ class ReplaySource(DemonstrationSource):
     Success and retirement are of all processes; each keeps the trajectories that it has sampled itself.
 
     Args:
-        dataset: what the rows come from, with the column `ROW_COLUMN`.
+        dataset: what the rows come from. `self.dataset` is the same with the column `ROW_COLUMN`.
         ratio: share of a generation's groups that are replayed, where the buffer has as many prompts. A fraction of a
             group is left to chance.
     """
@@ -184,7 +216,7 @@ class ReplaySource(DemonstrationSource):
     uses_rollouts = True
 
     def __init__(self, dataset: Dataset, buffer: ReplayBuffer, ratio: float):
-        self.dataset = dataset
+        self.dataset = dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
         self.buffer = buffer
         self.ratio = ratio
         self._replayed = 0.0  # share of the latest generation's groups

@@ -29,7 +29,6 @@ CARD_PANELS = {
     "entropy": ("Mean entropy of a token", "linear"),
     "prob": ("Mean probability of a token", "linear"),
 }
-LINES = {"rollouts": "on_policy", "demonstrations": "off_policy"}
 
 PACKAGES = (
     "luffy_trl", "trl", "transformers", "torch", "datasets", "tokenizers", "accelerate", "peft", "deepspeed", "vllm",
@@ -56,21 +55,27 @@ class CardFacts:
 
 
 def complete_card(
-    output_dir: Path, facts: CardFacts, log_history: Sequence[Mapping[str, float]], prompting: str, is_adapter: bool
+    output_dir: Path,
+    facts: CardFacts,
+    log_history: Sequence[Mapping[str, float]],
+    curves: Mapping[str, str],
+    prompting: str,
+    is_adapter: bool,
 ) -> None:
     """Fill in what TRL's call of the template left open, and draw the curves beside it.
 
     Args:
         log_history: of the trainer's state.
+        curves: name of each curve -> what the names of its metrics begin with in the log.
         prompting: Python lines that go from `tokenizer` and `model` to a completion.
     """
     path = output_dir / CARD
     text = path.read_text(encoding="utf-8")
-    curves = f"## Curves\n\n![Reward, entropy and probability over the optimizer steps]({CURVES})"
+    picture = f"## Curves\n\n![Reward, entropy and probability over the optimizer steps]({CURVES})"
     sections = {
         "data": f" {facts.data}" if facts.data else "",
         "prompting": prompting,
-        "curves": curves if draw_curves(output_dir / CURVES, log_history) else "",
+        "curves": picture if draw_curves(output_dir / CURVES, log_history, curves) else "",
         "recipe": recipe_section(facts),
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
@@ -84,17 +89,17 @@ def complete_card(
     card.save(path)
 
 
-def draw_curves(path: Path, log_history: Sequence[Mapping[str, float]]) -> bool:
-    """Rollouts and demonstrations over the steps, one picture. False, and no picture, without two points."""
-    logged = [line for line in log_history if "on_policy/entropy" in line or "off_policy/entropy" in line]
+def draw_curves(path: Path, log_history: Sequence[Mapping[str, float]], prefixes: Mapping[str, str]) -> bool:
+    """What was logged over the steps, one picture. False, and no picture, without two points."""
+    logged = [line for line in log_history if any(f"{prefix}entropy" in line for prefix in prefixes.values())]
     if len(logged) < 2:
         return False
     curves = {}
-    for name, prefix in LINES.items():
-        values = {metric: [line.get(f"{prefix}/{metric}", math.nan) for line in logged] for metric in CARD_PANELS}
+    for name, prefix in prefixes.items():
+        values = {metric: [line.get(f"{prefix}{metric}", math.nan) for line in logged] for metric in CARD_PANELS}
         if not all(math.isnan(value) for value in values["entropy"]):
             curves[name] = {"step": [line["step"] for line in logged], **values}
-    plot_curves(path, curves, CARD_PANELS, "Rollouts and demonstrations during training")
+    plot_curves(path, curves, CARD_PANELS, f"{' and '.join(prefixes).capitalize()} during training")
     return True
 
 

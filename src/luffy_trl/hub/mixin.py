@@ -1,8 +1,10 @@
-"""HubTrainer: GRPOTrainer with pushes to the Hub, none of which can stop a run, and a fuller model card."""
+"""HubPushMixin: pushes to the Hub, none of which can stop a run, and a fuller model card."""
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,9 @@ from datasets import Dataset
 from huggingface_hub import CommitInfo, HfApi, get_session
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
-from ..config import LuffyConfig
-from ..runs.recipe import as_yaml
+from ..runs.recipe import as_yaml, given_fields
 from ..runs.redaction import known_secrets
 from .card import CardFacts, complete_card, prompting
 from .errors import explain
@@ -26,7 +27,45 @@ from .upload import COMPLETIONS, MODEL, SILENCE, Push, branch_of
 logger = logging.getLogger(__name__)
 
 
-class HubTrainer(GRPOTrainer):
+@dataclass
+class HubPushConfig(GRPOConfig):
+    """GRPOConfig with the fields of [`HubPushMixin`].
+
+    Raises:
+        ValueError: at construction, for fields that do nothing, or no number of seconds.
+    """
+
+    merge_and_push: bool = field(
+        default=False,
+        metadata={
+            "help": "With an adapter and push_to_hub: push the adapter merged into its base, in place of the adapter. "
+            "The output directory keeps the adapter. Default: False."
+        },
+    )
+    hub_checkpoint_revisions: bool = field(
+        default=False,
+        metadata={
+            "help": "With push_to_hub: push each checkpoint's model as a branch of its own, step-N. Default: False."
+        },
+    )
+    hub_retry_seconds: float = field(
+        default=300.0,
+        metadata={
+            "help": "For how many seconds each push to the Hub is tried again, with growing waits, after a lost "
+            "connection or a busy server. Then the run goes on without it. 0: one attempt. Default: 300."
+        },
+    )
+
+    def __post_init__(self):
+        if not (math.isfinite(self.hub_retry_seconds) and self.hub_retry_seconds >= 0):
+            raise ValueError(f"hub_retry_seconds={self.hub_retry_seconds} must be a number of seconds, 0 or above.")
+        for name in ("merge_and_push", "hub_checkpoint_revisions"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(f"{name}=True does nothing without push_to_hub=True. Set both, or neither.")
+        super().__post_init__()
+
+
+class HubPushMixin(GRPOTrainer):
     """
     GRPOTrainer whose pushes are tried again with back-off, recorded, and never raised.
 
@@ -40,11 +79,16 @@ class HubTrainer(GRPOTrainer):
     - `create_model_card`: completes TRL's card.
 
     Logged completions (`log_completions_hub_repo`) go the same way.
+
+    Raises:
+        ValueError: for `merge_and_push` without an adapter.
     """
 
-    args: LuffyConfig
+    args: HubPushConfig
+    # Curves on the card: name -> what the names of its metrics begin with in the log
+    _card_curves = {"completions": ""}
 
-    def __init__(self, model, reward_funcs, args: LuffyConfig, *trl_args, **trl_kwargs):
+    def __init__(self, model, reward_funcs, args: HubPushConfig, *trl_args, **trl_kwargs):
         self.card_facts = CardFacts()
         self._dataset_name: str | None = None
         self._pushes = PushQueue(Path(args.output_dir), HfApi(token=args.hub_token), args.hub_retry_seconds)
@@ -177,14 +221,19 @@ class HubTrainer(GRPOTrainer):
         super().create_model_card(model_name, self._dataset_name, tags)
         facts = self.card_facts
         if facts.recipe is None:
-            facts = dataclasses.replace(facts, recipe=as_yaml(self.args.given, known_secrets(self.args.hub_token)))
+            facts = dataclasses.replace(facts, recipe=as_yaml(self._recipe(), known_secrets(self.args.hub_token)))
         complete_card(
             Path(self.args.output_dir),
             facts,
             self.state.log_history,
+            self._card_curves,
             prompting(self._a_prompt(), self.chat_template_kwargs, self.max_completion_length, self.args.temperature),
             is_adapter=is_peft_model(self.model),
         )
+
+    def _recipe(self) -> dict[str, Any]:
+        """Fields of the config that the card gives; without an override, those it has derived among them."""
+        return given_fields(self.args)
 
     def _a_prompt(self) -> Any:
         """To see its kind; a stream is not asked, which might need the network."""

@@ -1,7 +1,7 @@
-"""Micro-batches without wasted padding: order rows by length, trim, and pack sequences into one row.
+"""Micro-batches without wasted padding: rows ordered by length, and every micro-batch cut to its longest row.
 
 TRL pads every row of a generation batch to the longest prompt and the longest completion in it (TRL issue 7179), and
-draws micro-batches at random. One long demonstration then makes every row as long. Here rows move between the
+draws micro-batches at random. One long completion then makes every row as long. Here rows move between the
 micro-batches of one optimizer step, never across it, so that rows of like length share one, and each micro-batch is
 cut to its own longest row. Losses that are sums over the step's rows or tokens do not change.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 
-# Tensors of TRL's batch that are padded along dimension 1: prompts to the left, completions to the right
+# Keys of TRL's batch that are padded along dimension 1: prompts to the left, completions to the right
 PROMPT_KEYS = ("prompt_ids", "prompt_mask")
 COMPLETION_KEYS = (
     "completion_ids",
@@ -22,8 +22,6 @@ COMPLETION_KEYS = (
     "sampling_per_token_logps",
     "importance_sampling_ratio",
     "tool_mask",
-    "off_policy_mask",
-    "behavior_logps",
 )
 
 Batch = dict[str, Any]
@@ -90,14 +88,18 @@ def _deal(batches: list[Batch], rows: Sequence[torch.Tensor]) -> list[Batch]:
     return dealt
 
 
-def trim(batch: Batch, multiple_of: int | None = None) -> Batch:
-    """The batch without columns that are padding in every row; widths stay multiples of `multiple_of`."""
+def trim(batch: Batch, multiple_of: int | None = None, completion_keys: Sequence[str] = COMPLETION_KEYS) -> Batch:
+    """The batch without columns that are padding in every row; widths stay multiples of `multiple_of`.
+
+    Args:
+        completion_keys: what is as wide as the completions, `(B, T)`, where it is there.
+    """
     prompt = _kept_width(batch["prompt_mask"].flip(1), multiple_of)
     completion = _kept_width(batch["completion_mask"], multiple_of)
     trimmed = dict(batch)
     for key in PROMPT_KEYS:
         trimmed[key] = batch[key][:, batch[key].size(1) - prompt :]
-    for key in COMPLETION_KEYS:
+    for key in completion_keys:
         if key in batch and batch[key].size(1) > 1:  # (B, 1) is one value a sequence
             trimmed[key] = batch[key][:, :completion]
     return trimmed
@@ -110,20 +112,3 @@ def _kept_width(mask: torch.Tensor, multiple_of: int | None) -> int:
     if multiple_of is not None:
         width = -(-width // multiple_of) * multiple_of
     return min(width, mask.size(1))
-
-
-def pack(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All tokens where `mask` is True, as one row, and their positions, which restart at each sequence: both (1, N).
-
-    Args:
-        input_ids: (B, S).
-        mask: (B, S), True on tokens, each row's in one run.
-    """
-    mask = mask.bool()
-    positions = mask.long().cumsum(1) - 1  # (B, S)
-    return input_ids[mask].unsqueeze(0), positions[mask].unsqueeze(0)
-
-
-def unpack(packed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Values of a packed row (1, N) back in their places, zeros elsewhere: (B, S), like `mask`."""
-    return packed.new_zeros(mask.shape).masked_scatter(mask.bool(), packed)

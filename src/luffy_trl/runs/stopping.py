@@ -1,15 +1,23 @@
-"""SIGTERM and SIGINT end a run at its next optimizer step, with a checkpoint. A second one ends it at once."""
+"""How a run ends before its time: at the next optimizer step after a signal, and never by waiting for ever.
+
+SIGTERM and SIGINT end a run at its next optimizer step, with a checkpoint. A second one ends it at once.
+"""
 
 import os
 import signal
 import threading
 import time
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
+
+
+if TYPE_CHECKING:
+    import requests
 
 
 # "Temporary failure, try again" of sysexits.h: the run can be resumed
@@ -69,3 +77,8 @@ class StopAtStep(TrainerCallback):
             self.stopped = state.global_step < state.max_steps
             control.should_save = control.should_save or self.stopped
             control.should_training_stop = True
+
+
+def bound_waiting(session: "requests.Session", seconds: float) -> None:
+    """Let every request of the session fail that gets no answer for so long, as collectives do. TRL's client waits."""
+    session.request = partial(session.request, timeout=seconds)  # type: ignore[method-assign]

@@ -1,0 +1,274 @@
+"""PaddingFreeMixin: a GRPOTrainer that computes next to nothing on padding."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import gather_object
+from torch.nn.functional import pad
+from trl import GRPOConfig, GRPOTrainer
+
+from .micro_batches import COMPLETION_KEYS, Batch, drop_zero_advantages, optimizer_steps, order_by_length, trim
+from .packing import pack, unpack
+
+
+# These divide a token's loss by the tokens of a generation, the others by the rows of a micro-batch
+LOSSES_OVER_TOKENS = ("dapo", "cispo", "vespo")
+
+
+@dataclass
+class PaddingFreeConfig(GRPOConfig):
+    """GRPOConfig with the fields of [`PaddingFreeMixin`].
+
+    Raises:
+        ValueError: at construction, for fields that would miss the rows that are left out.
+    """
+
+    trim_padding: bool | None = field(
+        default=True,
+        metadata={
+            "help": "Order rows by length within each optimizer step and cut every micro-batch to its own longest "
+            "row, where TRL pads all to the longest of a generation. Default: True."
+        },
+    )
+    packed_forward: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run each micro-batch as one row of sequences without padding. Needs attention that keeps "
+            "packed sequences apart by their position ids. Default: on with flash attention, off elsewhere, where it "
+            "would be slower."
+        },
+    )
+    skip_zero_advantages: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave rows without an advantage out of the forward and backward pass: they add nothing to the "
+            "gradient. Token metrics (entropy, prob) are then means over the other rows. Not with beta > 0, an "
+            "entropy bonus, top_entropy_quantile < 1 or 'bnpo', which use these rows. Default: False."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.skip_zero_advantages:
+            self._check_nobody_misses_rows()
+
+    def _check_nobody_misses_rows(self):
+        needed_by = {
+            "beta": self.beta != 0,
+            "entropy_coef": self.entropy_coef != 0,
+            "use_adaptive_entropy": self.use_adaptive_entropy,
+            "top_entropy_quantile": self.top_entropy_quantile < 1,
+            "loss_type": self.loss_type == "bnpo",
+            "trim_padding": not self.trim_padding,
+        }
+        for name, needed in needed_by.items():
+            if needed:
+                raise ValueError(
+                    f"skip_zero_advantages=True cannot be combined with {name}={getattr(self, name)!r}: rows without "
+                    "an advantage would be missed there."
+                )
+
+
+class PaddingFreeMixin(GRPOTrainer):
+    """
+    GRPOTrainer whose micro-batches hold rows of like length, cut to the longest, packed where attention allows it.
+
+    What differs from [`~trl.GRPOTrainer`], override by override:
+
+    - `_prepare_inputs`: orders the rows of each optimizer step by length, and trims the micro-batches;
+    - `_generate_and_score_completions`: nothing; while it runs, forward passes are those of the old and the reference
+      policy;
+    - `_get_per_token_logps_and_entropies`: packs the forward pass; of a generation, scores by rows of like length, and
+      only those that `_rows_to_score` names.
+
+    No row leaves its optimizer step, and each process runs as many forward passes as the others.
+
+    Raises:
+        ValueError: for `packed_forward` with images, or `skip_zero_advantages` with a loss over all rows.
+    """
+
+    args: PaddingFreeConfig
+    _buffered_inputs: list[Batch] | None
+    # Keys of the batch that are as wide as the completions; a subclass adds its own
+    _completion_keys: tuple[str, ...] = COMPLETION_KEYS
+
+    def __init__(self, model, reward_funcs=None, args: PaddingFreeConfig | None = None, *trl_args, **trl_kwargs):
+        super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+        if self.args.skip_zero_advantages and self.aux_loss_enabled:
+            raise ValueError(
+                "skip_zero_advantages=True cannot be combined with the auxiliary loss of this mixture of experts, "
+                "which is over all rows. Set one of skip_zero_advantages and router_aux_loss_coef to False or 0."
+            )
+        self._packs = self._packing_is_on()
+        # What forward passes are for: the loss, or the log-probs of old and reference policy in a generation
+        self._phase: Literal["loss", "generation"] = "loss"
+        # Where the optimizer step under way began, and how many of its micro-batches were taken
+        self._step_under_way, self._micro_batches_taken = -1, 0
+
+    def _rows_to_score(self, rows: int) -> list[int]:
+        """Of a generation's `rows` rows on this process, those whose old and reference log-probs anybody needs."""
+        return list(range(rows))
+
+    # Micro-batches
+
+    def _prepare_inputs(self, generation_batch):
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        if self.state.global_step != self._step_under_way:
+            self._step_under_way, self._micro_batches_taken = self.state.global_step, 0
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        is_new = self._buffered_inputs is not before
+        if self.args.trim_padding and is_new and self._buffered_inputs is not None:
+            self._buffered_inputs = self._arrange(self._buffered_inputs)
+            # TRL's own choice, from the batches as they are now
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        self._micro_batches_taken += 1
+        return inputs
+
+    def _arrange(self, batches: list[Batch]) -> list[Batch]:
+        """The micro-batches of a generation, without wasted padding. No row leaves its optimizer step."""
+        if "pixel_values" in batches[0]:  # rows with different numbers of image tensors cannot change places
+            return batches
+        if self._steps_are_the_same_in_each_iteration(len(batches)):
+            batches = [batch for step in self._steps_of(len(batches)) for batch in self._reorder(batches, step)]
+        return [trim(batch, self.pad_to_multiple_of, self._completion_keys) for batch in batches]
+
+    def _steps_are_the_same_in_each_iteration(self, per_generation: int) -> bool:
+        """Else `num_iterations` cuts one generation's micro-batches into other steps the second time."""
+        per_step = self.args.gradient_accumulation_steps
+        return self.num_iterations == 1 or per_generation % per_step == 0 or per_step % per_generation == 0
+
+    def _steps_of(self, per_generation: int) -> list[range]:
+        """Which micro-batches of a generation belong to which optimizer step."""
+        # The last step of an epoch can be shorter; one that was interrupted is counted from its start again
+        current = self.current_gradient_accumulation_steps
+        left = current - self._micro_batches_taken % current
+        return optimizer_steps(per_generation, left, self.args.gradient_accumulation_steps)
+
+    def _reorder(self, batches: list[Batch], step: range) -> list[Batch]:
+        ordered = order_by_length([batches[i] for i in step])
+        if self.args.skip_zero_advantages:  # after the order: its advantages are those of a micro-batch's size
+            ordered = drop_zero_advantages(ordered, rows_count=self.loss_type not in LOSSES_OVER_TOKENS)
+        return ordered
+
+    # Forward passes
+
+    def _generate_and_score_completions(self, inputs):
+        if not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        with self._in_generation():
+            return super()._generate_and_score_completions(inputs)
+
+    @contextmanager
+    def _in_generation(self) -> Iterator[None]:
+        self._phase = "generation"
+        try:
+            yield
+        finally:
+            self._phase = "loss"
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **images,
+    ):
+        forward = super()._get_per_token_logps_and_entropies
+        if all(value is None for value in images.values()):
+            if self._packs:
+                forward = self._packed_forward
+            if self._phase == "generation" and self.args.trim_padding:
+                return self._score(forward, model, input_ids, attention_mask, logits_to_keep, batch_size)
+        return forward(
+            model,
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            batch_size=batch_size,
+            compute_entropy=compute_entropy,
+            compute_aux_loss=compute_aux_loss,
+            **images,
+        )
+
+    def _score(self, forward, model, input_ids, attention_mask, logits_to_keep, batch_size):
+        """Log-probs `(B, T)` of the rows to score, by rows of like length; 0 for the others. All that TRL takes."""
+        lengths = attention_mask[:, -logits_to_keep:].sum(1).tolist()  # (B,)
+        rows = sorted(self._rows_to_score(len(input_ids)), key=lambda row: -lengths[row])
+        rows = self._as_many_everywhere(rows)
+        logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)  # (B, T)
+        for chunk in (rows[start : start + batch_size] for start in range(0, len(rows), batch_size)):
+            part = {
+                "prompt_ids": input_ids[chunk, :-logits_to_keep],
+                "prompt_mask": attention_mask[chunk, :-logits_to_keep],
+                "completion_ids": input_ids[chunk, -logits_to_keep:],
+                "completion_mask": attention_mask[chunk, -logits_to_keep:],
+            }
+            part = trim(part, self.pad_to_multiple_of)
+            width = part["completion_ids"].size(1)
+            logps[chunk, :width] = forward(
+                model,
+                torch.cat([part["prompt_ids"], part["completion_ids"]], 1),
+                torch.cat([part["prompt_mask"], part["completion_mask"]], 1),
+                width,
+            )[0].to(logps.dtype)
+        return logps, None, None
+
+    def _as_many_everywhere(self, rows: list[int]) -> list[int]:
+        """The rows, with the last one again and again where another process has more. Collective."""
+        return rows + rows[-1:] * (max(gather_object([len(rows)])) - len(rows))
+
+    def _packing_is_on(self) -> bool:
+        implementation = self.model.config.get_text_config()._attn_implementation
+        if self.args.packed_forward is None:
+            return "flash" in implementation
+        if self.args.packed_forward and self._is_vlm:
+            raise ValueError("packed_forward=True works for text models only, not with a processor for images.")
+        return self.args.packed_forward
+
+    def _packed_forward(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **images: Any,
+    ):
+        """What the method of TRL returns, from one row of sequences without padding per `batch_size` rows."""
+        logps, entropies, aux_losses = [], [], []
+        options = {"output_router_logits": True} if compute_aux_loss else {}
+        batch_size = batch_size or len(input_ids)
+        for ids, kept in zip(input_ids.split(batch_size), attention_mask.bool().split(batch_size), strict=True):
+            labels = ids.clone()
+            labels[:, :-logits_to_keep] = -100  # only completion tokens are scored
+            packed_ids, position_ids = pack(ids, kept)  # (1, N)
+            with self.accelerator.autocast():
+                outputs = model(
+                    input_ids=packed_ids,
+                    position_ids=position_ids,  # restart at each sequence, which keeps them apart
+                    labels=labels[kept].unsqueeze(0),
+                    fused_lm_head=True,
+                    **options,
+                )
+            # The model's outputs begin with the second token, (1, N - 1)
+            logps.append(unpack(pad(outputs.log_probs, (1, 0)), kept)[:, -logits_to_keep:])
+            if compute_entropy:
+                entropies.append(unpack(pad(outputs.entropy, (1, 0)), kept)[:, -logits_to_keep:])
+            if compute_aux_loss:
+                aux_losses.append(outputs.aux_loss)
+        return (
+            torch.cat(logps),
+            torch.cat(entropies) if compute_entropy else None,
+            torch.stack(aux_losses).mean() if compute_aux_loss else None,
+        )
