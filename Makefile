@@ -17,7 +17,7 @@ help:
 	@echo "make test-wheel     build the wheel, install it in a new environment, and run its demo from elsewhere"
 	@echo "make bench          the update phase and whole steps against TRL's; results in benchmarks/results"
 	@echo "make bench-learning what each method learns on the embedded tasks; docs/learning.md; about an hour"
-	@echo "make lint           ruff and mypy"
+	@echo "make lint           ruff, mypy, and what may import what"
 	@echo "make format         let ruff format and fix"
 	@echo "make docs           the site of docs/ into build/site, strict"
 	@echo "make notebooks      run the notebooks from top to bottom, on a CPU"
@@ -72,6 +72,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

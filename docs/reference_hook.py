@@ -58,10 +58,13 @@ def _documented(statement: ast.AnnAssign, where: str) -> DocumentedField:
 
 
 def expand_fields(markdown: str) -> str:
-    """The page with each `::fields` line replaced."""
+    """The page with each `::fields` line replaced. A field that stands above already is not repeated."""
+    shown: set[str] = set()
 
     def expand(match: re.Match) -> str:
-        return "\n".join(field.markdown() for field in documented_fields(ROOT / match[1], match[2]))
+        fields = [field for field in documented_fields(ROOT / match[1], match[2]) if field.name not in shown]
+        shown.update(field.name for field in fields)
+        return "\n".join(field.markdown() for field in fields)
 
     return DIRECTIVE.sub(expand, markdown)
 

@@ -14,9 +14,9 @@ from luffy_trl.demonstrations.encoding import (
     Demonstration,
     DemonstrationEncoder,
     demonstration_text,
-    place_demonstrations,
     without_repeated_opening,
 )
+from luffy_trl.demonstrations.placement import place_demonstrations
 from luffy_trl.tasks.letter_walk import build_tokenizer
 
 

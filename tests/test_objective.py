@@ -5,7 +5,13 @@ from functools import partial
 import pytest
 import torch
 
-from luffy_trl.objective import LOSS_TYPES, off_policy_loss, token_denominator
+from luffy_trl.objective import (
+    LOSS_TYPES,
+    demonstration_term,
+    hide_demonstrations,
+    off_policy_loss,
+    token_denominator,
+)
 from luffy_trl.shaping import SHAPINGS, get_shaping, register_shaping
 
 
@@ -118,7 +124,7 @@ def test_shapings_that_are_none(call, message):
 )
 def test_denominators_worked_by_hand(loss_type, expected):
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
-    denominator = token_denominator(loss_type, mask, max_completion_length=10, tokens_in_step=torch.tensor(7))
+    denominator = token_denominator(loss_type, mask, max_completion_length=10, mean_tokens=torch.tensor(7))
     assert denominator.squeeze(1).tolist() == expected
 
 
@@ -126,3 +132,38 @@ def test_denominator_refuses_an_unknown_loss_type():
     with pytest.raises(ValueError, match="Unknown loss_type 'mean'"):
         token_denominator("mean", torch.ones(1, 1).bool(), 1, 1)
     assert len(LOSS_TYPES) == 8
+
+
+def test_the_term_is_a_weighted_sum_over_the_demonstrations_tokens():
+    loss = torch.tensor([[1.0, 2.0, torch.nan], [3.0, torch.inf, 4.0]], requires_grad=True)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    term = demonstration_term(loss, mask, torch.tensor([1.0, 0.5]), torch.tensor([[10.0], [5.0]]))
+    assert term.item() == pytest.approx((1 + 2) / 10 + 0.5 * 3 / 5)
+    term.backward()
+    torch.testing.assert_close(loss.grad, torch.tensor([[0.1, 0.1, 0.0], [0.1, 0.0, 0.0]]))
+
+
+def test_without_demonstrations_the_term_is_exactly_nothing_and_still_has_a_gradient():
+    loss = torch.full((2, 3), torch.inf, requires_grad=True)
+    term = demonstration_term(loss, torch.zeros(2, 3).bool(), torch.ones(2), torch.ones(2, 1))
+    assert term.item() == 0.0
+    term.backward()
+    assert (loss.grad == 0).all()
+
+
+def test_trl_is_shown_the_rollouts_tokens_alone():
+    mask = torch.tensor([[False, False, False], [True, True, False]])
+    batch = {
+        "off_policy_mask": mask,
+        "advantages": torch.tensor([1.0, -2.0]),
+        "old_per_token_logps": torch.full((2, 3), -1e30),
+        "ref_per_token_logps": torch.full((2, 3), -3.0),
+    }
+    shown = hide_demonstrations(batch, torch.tensor([[6.0], [2.0]]), torch.tensor([[6.0], [8.0]]))
+    assert shown["tool_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert shown["advantages"].tolist() == [[1.0], [-0.5]]  # 1 of its 4 tokens is the policy's
+    assert shown["old_per_token_logps"][mask].tolist() == [0.0, 0.0]
+    assert shown["ref_per_token_logps"][mask].tolist() == [-1e4, -1e4]
+    assert shown["ref_per_token_logps"][~mask].tolist() == [-3.0] * 4
+    assert set(batch) == {"off_policy_mask", "advantages", "old_per_token_logps", "ref_per_token_logps"}
+    assert batch["advantages"].tolist() == [1.0, -2.0]  # TRL's own dict is left alone

@@ -39,6 +39,6 @@ def test_weight_over_a_run():
 def test_a_prefix_of_a_demonstration():
     whole = Demonstration([5, 6, 7, 8], [-0.1, -0.2, -0.3, -0.4])
     assert whole.prefix(1.0) is whole
-    assert whole.prefix(0.7) == Demonstration([5, 6], [-0.1, -0.2], whole=False)
-    assert Demonstration([5, 6, 7, 8]).prefix(0.25) == Demonstration([5], whole=False)
+    assert whole.prefix(0.7) == Demonstration([5, 6], [-0.1, -0.2], continued=True)
+    assert Demonstration([5, 6, 7, 8]).prefix(0.25) == Demonstration([5], continued=True)
     assert whole.prefix(0.2) is None  # not a single token: a rollout

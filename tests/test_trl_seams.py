@@ -81,8 +81,7 @@ def test_only_the_seams_are_overridden():
     }
     assert overridden == {
         "__init__", "_generate_and_score_completions", "_generate_single_turn", "_calculate_rewards",
-        "_get_per_token_logps_and_entropies", "_compute_loss", "_prepare_inputs", "log",
-        "train", "_save_checkpoint", "_get_output_dir", "_push_from_checkpoint",
+        "_compute_loss", "_get_per_token_logps_and_entropies", "log",
     }  # fmt: skip
 
 

@@ -84,16 +84,8 @@ def run_demo(output_dir: str | Path, seed: int = 0, steps: int = 100) -> dict[st
     curves = {}
     for name in ("GRPO", "LUFFY", "SFT"):
         callback = Probe(tokenizer, splits["test"][TEST_SIZE:], PROBE_EVERY, report=partial(_print_step, name))
-        trainer = make_trainer(
-            name, base, to_dataset(splits["train"]), output_dir / name.lower(), seed, steps, LEARNING_RATE, [callback],
-            MAX_COMPLETION_LENGTH,
-        )  # fmt: skip
-        start = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - start - callback.seconds
-        trainer.save_model()
-        trainer.create_model_card(model_name=f"letter-walk-{name}")
-        results[name] = measure(trainer.model) | {"seconds": seconds}
+        model, seconds = _train(name, base, to_dataset(splits["train"]), output_dir, seed, steps, callback)
+        results[name] = measure(model) | {"seconds": seconds}
         curves[name] = callback.curves
 
     print("3/3  The saved LUFFY model, loaded again", flush=True)
@@ -110,6 +102,20 @@ def run_demo(output_dir: str | Path, seed: int = 0, steps: int = 100) -> dict[st
         f"Curves: {output_dir / 'curves.png'}   Model and card: {output_dir / 'luffy'}   Numbers: results.json there"
     )
     return results
+
+
+def _train(
+    name: str, base: Path, dataset: datasets.Dataset, output_dir: Path, seed: int, steps: int, probe: Probe
+) -> tuple[PreTrainedModel, float]:
+    """The model that a method makes of the base, saved with its card, and the seconds of its training."""
+    directory = output_dir / name.lower()
+    trainer = make_trainer(name, base, dataset, directory, seed, steps, LEARNING_RATE, [probe], MAX_COMPLETION_LENGTH)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start - probe.seconds
+    trainer.save_model()
+    trainer.create_model_card(model_name=f"letter-walk-{name}")
+    return trainer.model, seconds
 
 
 def reading_of(results: dict[str, dict[str, float]]) -> str:

@@ -48,23 +48,8 @@ def run(
         check_arguments(script_args, model_args)
         check_output_dir(training_args.output_dir)
         facts = card_facts(script_args, training_args, model_args, command)
-        dataset_name = script_args.dataset_name or EMBEDDED_TASK
-        reward_funcs = load_reward_funcs(script_args.reward_funcs, dataset_name)
-        splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
-        train_dataset = load_split(splits, script_args.dataset_train_split, dataset_name)
-        eval_dataset = None
-        if training_args.eval_strategy != "no":
-            eval_dataset = load_split(splits, script_args.dataset_test_split, dataset_name)
-        check_reward_inputs(reward_funcs, train_dataset, "--reward_funcs", f"--dataset_name {dataset_name}")
-        warn_of_checkpoints(training_args)
-
-        trainer = LuffyTrainer(
-            args=training_args,
-            reward_funcs=reward_funcs,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            **model_options(model_args, training_args),
-        )
+        trainer = make_trainer(script_args, training_args, model_args)
+    dataset_name = script_args.dataset_name or EMBEDDED_TASK
     trainer.card_facts = facts
     trainer.add_callback(StartSummary(trainer, dataset_name))
     try:
@@ -73,25 +58,51 @@ def run(
         if training_args.push_to_hub and (missing := what_is_missing(Path(training_args.output_dir))):
             trainer.accelerator.print(missing)
         raise
-
     with after_training():
-        # Only a dataset of the Hub can be linked to
-        on_hub = dataset_name != EMBEDDED_TASK and not Path(dataset_name).exists()
-        card: dict[str, Any] = {
-            "model_name": Path(training_args.output_dir).name,
-            "dataset_name": dataset_name if on_hub else None,
-        }
-        commit = None
-        if training_args.push_to_hub:
-            commit = trainer.push_to_hub(**card)  # saves as below, before
-        else:
-            trainer.save_model(training_args.output_dir)
-            trainer.create_model_card(**card)
-            trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
-        finish(trainer)
-        if commit is not None:
-            trainer.accelerator.print(f"Pushed them to {commit.repo_url}")
+        save_or_push(trainer, dataset_name)
     return trainer
+
+
+def make_trainer(
+    script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig
+) -> LuffyTrainer:
+    """The trainer of a run. Raises ValueError or OSError for what does not go together, or is not there."""
+    dataset_name = script_args.dataset_name or EMBEDDED_TASK
+    reward_funcs = load_reward_funcs(script_args.reward_funcs, dataset_name)
+    splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
+    train_dataset = load_split(splits, script_args.dataset_train_split, dataset_name)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = load_split(splits, script_args.dataset_test_split, dataset_name)
+    check_reward_inputs(reward_funcs, train_dataset, "--reward_funcs", f"--dataset_name {dataset_name}")
+    warn_of_checkpoints(training_args)
+    return LuffyTrainer(
+        args=training_args,
+        reward_funcs=reward_funcs,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        **model_options(model_args, training_args),
+    )
+
+
+def save_or_push(trainer: LuffyTrainer, dataset_name: str) -> None:
+    """Model, tokenizer and card into the output directory, and to the Hub if asked to; then the summary."""
+    args = trainer.args
+    on_hub = dataset_name != EMBEDDED_TASK and not Path(dataset_name).exists()
+    card: dict[str, Any] = {
+        "model_name": Path(args.output_dir).name,
+        "dataset_name": dataset_name if on_hub else None,  # only a dataset of the Hub can be linked to
+    }
+    commit = None
+    if args.push_to_hub:
+        commit = trainer.push_to_hub(**card)  # saves as below, before
+    else:
+        trainer.save_model(args.output_dir)
+        trainer.create_model_card(**card)
+        trainer.accelerator.wait_for_everyone()  # others stay until the main process has saved
+    finish(trainer)
+    if commit is not None:
+        trainer.accelerator.print(f"Pushed them to {commit.repo_url}")
 
 
 def card_facts(

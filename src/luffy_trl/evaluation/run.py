@@ -216,7 +216,7 @@ class Evaluation:
     def _write(
         self,
         summaries: Mapping[str, tables.Summary],
-        row: tables.Row,
+        row: tables.ModelRow,
         lm_eval_results: Mapping[str, Any],
         notes: Sequence[str],
         markdown: str,

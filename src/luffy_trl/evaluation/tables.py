@@ -33,7 +33,7 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelRow:
     """One line of the tables, in percent: benchmark or group -> score, and standard error where known."""
 
     name: str
@@ -71,7 +71,7 @@ def summarize(samples: Sequence[Sample]) -> Summary:
     )
 
 
-def row(name: str, summaries: Mapping[str, Summary], groups: Mapping[str, Sequence[str]]) -> Row:
+def row(name: str, summaries: Mapping[str, Summary], groups: Mapping[str, Sequence[str]]) -> ModelRow:
     """A model's line. A group's average counts each benchmark the same; it is there when all of them are.
 
     Its standard error takes the benchmarks for independent.
@@ -83,21 +83,21 @@ def row(name: str, summaries: Mapping[str, Summary], groups: Mapping[str, Sequen
             scores[group] = sum(scores[task] for task in tasks) / len(tasks)
         if all(task in stderrs for task in tasks):
             stderrs[group] = math.sqrt(sum(stderrs[task] ** 2 for task in tasks)) / len(tasks)
-    return Row(name, scores, stderrs)
+    return ModelRow(name, scores, stderrs)
 
 
 # Comparison
 
 
-def paper_rows() -> list[Row]:
+def paper_rows() -> list[ModelRow]:
     published = yaml.safe_load((files("luffy_trl") / "evaluation" / "paper.yaml").read_text())
     return [
-        Row(name, {f"luffy_{task}": score for task, score in scores.items()} | published["averages"][name], {})
+        ModelRow(name, {f"luffy_{task}": score for task, score in scores.items()} | published["averages"][name], {})
         for name, scores in published["rows"].items()
     ]
 
 
-def compared_rows(sources: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[Row]:
+def compared_rows(sources: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[ModelRow]:
     """
     Args:
         sources: "paper", or output directories of other evaluations.
@@ -105,7 +105,7 @@ def compared_rows(sources: Sequence[str], groups: Mapping[str, Sequence[str]]) -
     Raises:
         EvaluationError: for a directory without results, or with another program's.
     """
-    rows: list[Row] = []
+    rows: list[ModelRow] = []
     for source in sources:
         if source == PAPER:
             rows += paper_rows()
@@ -131,7 +131,7 @@ def compared_rows(sources: Sequence[str], groups: Mapping[str, Sequence[str]]) -
 
 
 def score_table(
-    title: str, rows: Sequence[Row], tasks: Sequence[str], group: str, labels: Mapping[str, str]
+    title: str, rows: Sequence[ModelRow], tasks: Sequence[str], group: str, labels: Mapping[str, str]
 ) -> tuple[list[str], list[list[str]]]:
     """Header and cells of one group's table: rows that have none of its benchmarks are left out."""
     columns = [*tasks, group]
@@ -172,7 +172,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
-def _cell(r: Row, column: str) -> str:
+def _cell(r: ModelRow, column: str) -> str:
     if column not in r.scores:
         return "-"
     error = f" ± {r.stderrs[column]:.1f}" if column in r.stderrs else ""

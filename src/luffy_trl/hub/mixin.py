@@ -16,12 +16,13 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from trl import GRPOConfig, GRPOTrainer
 
+from ..reporting.logs import COMPLETIONS
 from ..runs.recipe import as_yaml, given_fields
 from ..runs.redaction import known_secrets
 from .card import CardFacts, complete_card, prompting
 from .errors import explain
 from .queue import PushQueue, remove_held, what_is_missing
-from .upload import COMPLETIONS, MODEL, SILENCE, Push, branch_of
+from .upload import MODEL, SILENCE, Push, branch_of
 
 
 logger = logging.getLogger(__name__)

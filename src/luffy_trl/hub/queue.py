@@ -11,8 +11,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from ..reporting.logs import COMPLETIONS
 from .errors import PushError, explain
-from .upload import COMPLETIONS, Push, Uploaded, check_weights, files_below, is_pushed, push_once_or_again
+from .upload import Push, Uploaded, check_weights, files_below, is_pushed, push_once_or_again
 
 
 logger = logging.getLogger(__name__)

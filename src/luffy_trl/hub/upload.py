@@ -17,6 +17,7 @@ import httpx
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_session
 from safetensors import safe_open
 
+from ..reporting.logs import COMPLETIONS
 from ..runs.checkpoints import MANIFEST
 from ..runs.redaction import holds_secret, known_secrets
 from .card import CARD, CURVES, card_for_hub, completions_card
@@ -24,7 +25,6 @@ from .errors import PushError, SourceGoneError, with_retries
 
 
 MODEL = "."  # a push's source: the model in the output directory itself
-COMPLETIONS = "completions"
 MERGED_PREFIX = "_merged-"
 
 # Never pushed. A leading underscore marks what is the run's own, such as the pretrained base of the embedded task;

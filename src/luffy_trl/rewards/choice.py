@@ -2,8 +2,8 @@
 
 import re
 
+from .completions import LONGEST_ANSWER
 
-LONGEST_ANSWER = 10_000  # characters; of a longer answer the end is read
 
 # What may surround a letter: spaces, Markdown, brackets, and LaTeX such as \text{(C)}
 OPEN = r"(?:[\s*_$({\[]|\\\(|\\(?:text|textbf|mathrm|mathbf)\{){0,8}"

@@ -3,6 +3,9 @@
 from typing import Any, Literal
 
 
+# Characters: of a longer answer the end is read, a longer gold answer is none
+LONGEST_ANSWER = 10_000
+
 Thought = Literal["required", "optional", "unused"]
 THOUGHT_MODES = ("required", "optional", "unused")
 # Where a parsed message has its thought, by the name that a tokenizer's response template gives it

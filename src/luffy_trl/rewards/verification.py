@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from .completions import LONGEST_ANSWER
 from .pool import WorkerPool, default_workers
 
 
-LONGEST_ANSWER = 10_000  # characters; of a longer answer the end is read, a longer gold answer is none
-MAX_GOLD_WORDS = (
-    6  # outside \text{}; no gold answer of the paper's six benchmarks has more than 2, but for one sentence
-)
+# Outside \text{}; no gold answer of the paper's six benchmarks has more than 2, but for one sentence
+MAX_GOLD_WORDS = 6
 CACHE_SIZE = 100_000  # verdicts
 DEFAULT_TIMEOUT = 10.0  # seconds
 DEFAULT_MEMORY_LIMIT = 1024  # MiB
