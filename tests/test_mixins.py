@@ -48,12 +48,9 @@ def make_plain(tmp_path, tiny_model_dir, tokenizer, prompts) -> Callable:
     def make(trainer_class: type, config_class: type = GRPOConfig, rows: int = 4, **overrides):
         options = {"output_dir": str(tmp_path / "out"), "max_steps": 2, "save_strategy": "no", "disable_tqdm": True}
         args = config_class(**(SMALL_RUN | options | overrides))
+        dataset = prompts.select(range(rows))
         return trainer_class(
-            str(tiny_model_dir),
-            letters_reward,
-            args,
-            train_dataset=prompts.select(range(rows)),
-            processing_class=tokenizer,
+            str(tiny_model_dir), letters_reward, args, train_dataset=dataset, processing_class=tokenizer
         )
 
     return make

@@ -77,21 +77,29 @@ def test_without_demonstrations_it_is_grpo_bit_for_bit(tmp_path, tiny_model_dir,
         "loss_type": "dr_grpo",
         "scale_rewards": "none",
     }
+
+    def no_reward(completions, **kwargs):
+        return [None] * len(completions)
+
     histories, weights = [], []
     for trainer_class, args in [
         (GRPOTrainer, GRPOConfig(str(tmp_path / "grpo"), **options)),
         (LuffyTrainer, config(**options, num_demonstrations=0)),
     ]:
         trainer = trainer_class(
-            str(tiny_model_dir), letters_reward, args, train_dataset=walks, processing_class=tokenizer
+            str(tiny_model_dir), [letters_reward, no_reward], args, train_dataset=walks, processing_class=tokenizer
         )
         trainer.train()
         histories.append([line for line in trainer.state.log_history if "loss" in line])
         weights.append(trainer.model.state_dict())
     assert len(histories[0]) == 10
+    assert histories[0][0]["rewards/no_reward/mean"] is None  # TRL's to keep
     for theirs, ours in zip(*histories, strict=True):
         for key in set(theirs) - {"step_time"}:
             assert ours[key] == theirs[key], key
+        assert all(
+            key.startswith(("on_policy/", "off_policy/", "groups/", "time/")) for key in set(ours) - set(theirs)
+        )
     for name, tensor in weights[0].items():
         assert torch.equal(weights[1][name], tensor), name
     assert any(not torch.equal(weights[0][n], w) for n, w in _initial(tiny_model_dir).items())  # it did train
