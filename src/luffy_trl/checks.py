@@ -251,8 +251,8 @@ def first_generation_warnings(outcome: Outcome) -> list[str]:
             "learned from it. TRL's accuracy rewards give None for a `solution` that they cannot read: it must be "
             "text that holds the answer alone."
         )
-    graded = rewards[outcome.has_demonstration & ~rewards.isnan()]
-    if graded.numel() > 0 and (graded <= 0).all():
+    demonstrations_rewards = rewards[outcome.has_demonstration & ~rewards.isnan()]
+    if demonstrations_rewards.numel() > 0 and (demonstrations_rewards <= 0).all():
         messages.append(
             "No demonstration of the first generation earned a reward, so nothing is learned from them. Most "
             "often the reward looks for something that they do not have (such as '</think>' or \\boxed{}), or "

@@ -100,8 +100,9 @@ class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
     | `behavior_logps` | (B, T) | log-probs of who wrote them, 0 where unknown; only where a source gives any | the loss, metrics |
     | `row_to_remember` | (B,) | the dataset's row of a solved rollout, else -1; only with replay | `remember_solved` |
 
-    What everything rests on: each process holds whole groups, their rows one after another; each group has at least
-    one rollout; each process runs the same collectives and as many forward passes, whatever rows it holds.
+    What everything rests on: with demonstrations each process holds whole groups, their rows one after another; each
+    group has at least one rollout; each process runs the same collectives and as many forward passes as the others,
+    whatever rows it holds.
 
     Takes the arguments of `GRPOTrainer`, with `args` a [`LuffyConfig`]. The data contract of `train_dataset` is in
     `luffy_trl.demonstrations.encoding`. Evaluation has no demonstrations.
@@ -225,7 +226,7 @@ class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
             beginnings = [d.token_ids if d else [] for d in placement.demonstrations]
             sampled_ids, sampled_logps = sample(
                 [prompt_ids[i] + beginnings[i] for i in asked],
-                images,
+                images,  # none: refused beside demonstrations
                 {key: [value[i] for i in asked] for key, value in multimodal_fields.items()},
                 num_generations=1,  # groups are ragged now: each row is a request of its own
             )

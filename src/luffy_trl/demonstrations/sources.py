@@ -121,7 +121,7 @@ def remember_solved(
         logps, entropies: of the policy, `(B, T)`.
     """
     # TRL leaves the sampling policy's log-probs out where the policy has not moved since: then they are `logps`
-    sampled = batch.get("old_per_token_logps", logps)
+    sampling_logps = batch.get("old_per_token_logps", logps)
     for i in (batch["row_to_remember"] >= 0).nonzero().flatten().tolist():
         mask = batch["completion_mask"][i].bool()  # (T,)
         if not mask.any():  # mask_truncated_completions: nothing of it is trained, now or later
@@ -129,7 +129,7 @@ def remember_solved(
         source.remember(
             int(batch["row_to_remember"][i]),
             batch["completion_ids"][i][mask].cpu().numpy(),
-            sampled[i][mask].float().cpu().numpy(),
+            sampling_logps[i][mask].float().cpu().numpy(),
             entropies[i][mask].float().mean().item(),
         )
     batch["row_to_remember"].fill_(-1)

@@ -109,7 +109,10 @@ class PaddingFreeMixin(GRPOTrainer):
         self._step_under_way, self._micro_batches_taken = -1, 0
 
     def _rows_to_score(self, rows: int) -> list[int]:
-        """Of a generation's `rows` rows on this process, those whose old and reference log-probs anybody needs."""
+        """Of a generation's `rows` rows on this process, those whose old and reference log-probs anybody needs.
+
+        The others get 0: who leaves rows out keeps these values out of the loss. At least one row is scored.
+        """
         return list(range(rows))
 
     # Micro-batches
