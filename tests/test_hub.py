@@ -1,8 +1,10 @@
 """Pushing to the Hub: real trainers and the real client against a local Hub that fails when told to."""
 
+import copy
 import json
 import os
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,8 +26,8 @@ from luffy_trl.hub.card import card_for_hub, prompting
 from luffy_trl.hub.errors import PushError, with_retries
 from luffy_trl.hub.queue import PushQueue, Record, what_is_missing
 from luffy_trl.hub.upload import Push, check_weights, is_pushed
-from luffy_trl.runs.recipe import shown_command
-from luffy_trl.runs.redaction import holds_secret, known_secrets, redact, redact_values
+from luffy_trl.runs.recipe import as_yaml, given_fields, shown_command
+from luffy_trl.runs.redaction import holds_secret, known_secrets, redact, redact_command, redact_values
 
 from .hub_server import PUSH_ENDPOINTS, TOKEN, HubServer
 from .run_hub import FAULTS
@@ -463,11 +465,73 @@ def test_secrets_are_masked_wherever_they_stand(monkeypatch, tmp_path):
     assert not holds_secret(tmp_path / "file", {"another one"})
 
 
+SECRET_VARIABLES = [
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN", "DB_PASSWORD", "PGPASSWORD", "MYSQL_PWD", "SMTP_PASS", "BOT_TOKEN", "LINE_TOKEN", "BOX_TOKEN",
+    "NEW_TOKEN", "GITLAB_TRIGGER_TOKEN", "REFRESH_TOKEN", "DJANGO_SECRET_KEY", "API_KEY_2", "AZURE_CLIENT_SECRET",
+    "gh_token", "USE_AUTH_TOKEN",
+]  # fmt: skip
+NO_SECRET_VARIABLES = [
+    "EOS_TOKEN", "PAD_TOKEN", "BOS_TOKEN", "UNK_TOKEN", "SEP_TOKEN", "MASK_TOKEN", "MAX_TOKEN", "MAX_TOKENS",
+    "MAX_NEW_TOKENS", "MIN_TOKEN", "NUM_TOKEN", "STOP_TOKEN", "IMAGE_TOKEN", "VISION_START_TOKEN", "THINK_END_TOKEN",
+    "END_OF_TURN_TOKEN", "NEXT_TOKEN", "MY_EOS_TOKEN", "eos_token", "EOS_TOKEN_2", "HF_HUB_DISABLE_IMPLICIT_TOKEN",
+    "TOKENIZERS_PARALLELISM", "TOKENIZERS_EOS_TOKEN", "HF_TOKEN_PATH", "OLDPWD",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SECRET_VARIABLES)
+def test_a_secret_of_the_environment_is_masked(name, monkeypatch, tmp_path):
+    monkeypatch.setenv(name, "a-value-of-its-own")
+    assert redact("it is a-value-of-its-own.", known_secrets()) == "it is ***."
+    assert shown_command(["train.py", "a-value-of-its-own"], known_secrets()) == "train.py '***'"
+    (tmp_path / "notes.txt").write_text("a-value-of-its-own")
+    assert holds_secret(tmp_path / "notes.txt", known_secrets())
+    assert redact_values({name: "x"}) == {name: "***"}
+    flag = f"--{name.lower()}"
+    assert redact_command([flag, "x", f"{flag}=x"]) == [flag, "***", f"{flag}=***"]
+
+
+@pytest.mark.parametrize("name", NO_SECRET_VARIABLES)
+def test_a_token_of_text_in_the_environment_is_no_secret(name, monkeypatch, tmp_path):
+    monkeypatch.setenv(name, "endoftext-of-its-own")
+    assert redact("it is endoftext-of-its-own.", known_secrets()) == "it is endoftext-of-its-own."
+    (tmp_path / "tokenizer.json").write_text("endoftext-of-its-own")
+    assert not holds_secret(tmp_path / "tokenizer.json", known_secrets())
+    assert redact_values({name: "x"}) == {name: "x"}
+    flag = f"--{name.lower()}"
+    assert redact_command([flag, "x", f"{flag}=x"]) == [flag, "x", f"{flag}=x"]
+
+
+@pytest.mark.parametrize(
+    "value", ["<|im_end|>", "<|endoftext|>", "</s>", "<pad>", "[PADDING]", "<｜end▁of▁sentence｜>", "[/INSTRUCTION]"]
+)
+def test_a_token_of_text_is_known_by_its_form_too(value, monkeypatch):
+    monkeypatch.setenv("OUR_TOKEN", value)
+    assert value not in known_secrets()
+    assert redact_values({"our_token": value, "token": True}) == {"our_token": value, "token": True}
+    assert redact_command(["--our_token", value, "--hub_token", TOKEN]) == ["--our_token", value, "--hub_token", "***"]
+
+
+def test_the_recipe_of_a_run_keeps_its_special_tokens(monkeypatch, tmp_path):
+    monkeypatch.setenv("EOS_TOKEN", "<|im_end|>")
+    args = LuffySFTConfig(str(tmp_path), eos_token="<|im_end|>", use_cpu=True, bf16=False)
+    assert yaml.safe_load(as_yaml(given_fields(args), known_secrets()))["eos_token"] == "<|im_end|>"
+    command = ["luffy-trl", "sft", "--eos_token", "<|im_end|>", "--pad_token=<|endoftext|>"]
+    assert shown_command(command, known_secrets()) == shlex.join(command)
+
+
 @pytest.mark.parametrize("config_class", [LuffyConfig, LuffySFTConfig])
-def test_a_pickled_config_holds_no_token(config_class, tmp_path):
-    args = config_class(str(tmp_path), hub_token=TOKEN, use_cpu=True, bf16=False)
-    assert TOKEN.encode() not in pickle.dumps(args)
-    assert args.hub_token == TOKEN  # the caller's object keeps it
+def test_a_pickled_config_holds_no_token_and_a_copied_one_does(config_class, tmp_path):
+    args = config_class(str(tmp_path), hub_token=TOKEN, model_init_kwargs={"revision": "a"}, use_cpu=True, bf16=False)
+    for made in (args, copy.deepcopy(args), copy.copy(args), copy.deepcopy({"args": [args]})["args"][0]):
+        assert TOKEN.encode() not in pickle.dumps(made)
+        assert made.hub_token == TOKEN
+        assert made == args
+    torch.save(args, tmp_path / "training_args.bin")
+    assert TOKEN.encode() not in (tmp_path / "training_args.bin").read_bytes()
+    copied = copy.deepcopy(args)
+    copied.model_init_kwargs["revision"] = "b"
+    assert args.model_init_kwargs == {"revision": "a"}
 
 
 # Fields

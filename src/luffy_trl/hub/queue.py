@@ -135,31 +135,49 @@ class PushQueue:
         self._start()
 
     def finish(self) -> None:
-        """Wait until all is pushed or failed, with no new attempts once `retry_seconds` are over."""
-        timer = threading.Timer(self.retry_seconds, self._hurry.set)
-        timer.daemon = True
-        timer.start()
-        while (thread := self._thread) is not None:
+        """Wait until all is pushed or failed, with no new attempts once `retry_seconds` are over.
+
+        What a thread that died left undone stays in the record, and is tried once more by the next `add` or `retry`.
+        """
+        thread = self._thread
+        if thread is None:
+            return
+        try:
+            thread.join(min(self.retry_seconds, threading.TIMEOUT_MAX))
+            self._hurry.set()
             thread.join()
-        timer.cancel()
-        self._hurry.clear()
+        finally:
+            self._hurry.clear()
 
     def _start(self) -> None:
         with self._lock:
-            if self._thread is None and self._waiting:
-                self._thread = threading.Thread(target=self._work, name="push-to-hub", daemon=True)
-                self._thread.start()
+            if self._thread is not None or not self._waiting:
+                return
+            thread = threading.Thread(target=self._work, name="push-to-hub", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no thread left: not here does the run end
+                logger.warning(f"Nothing is pushed now: {explain(error)}. The run goes on; it is kept for later.")
+            else:
+                self._thread = thread
 
     def _work(self) -> None:
-        while True:
+        try:
+            while (due := self._take()) is not None:
+                self._push(*due)
+                _let_go(due[1])
+        finally:  # whatever ends this thread, nobody may wait for it
             with self._lock:
-                if not self._waiting:
-                    self._thread = None
-                    return
-                push = next(iter(self._waiting))
-                held = self._waiting.pop(push)
-            self._push(push, held)
-            _let_go(held)
+                self._thread = None
+
+    def _take(self) -> tuple[Push, Path | None] | None:
+        """The push whose turn it is, and where its files are held. None: all is done, and this thread ends."""
+        with self._lock:
+            if not self._waiting:
+                self._thread = None  # under the lock: what is added from now on starts a thread of its own
+                return None
+            push = next(iter(self._waiting))
+            return push, self._waiting.pop(push)
 
     def _push(self, push: Push, held: Path | None) -> None:
         seconds = 0.0 if self._hurry.is_set() else self.retry_seconds
@@ -168,7 +186,7 @@ class PushQueue:
                 self.api, self.output_dir, push, held, seconds,
                 say=lambda message: logger.warning(f"Pushing {push}: {message}"), sleep=self._hurry.wait,
             )  # fmt: skip
-        except Exception as error:  # nothing that happens here may end a run
+        except BaseException as error:  # nothing that happens here may end a run, or the pushes that wait
             problem = explain(error)
             logger.warning(f"Not pushed: {push}: {problem}. The run goes on; it is kept for later.")
             with self._lock:
