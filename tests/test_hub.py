@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -303,6 +304,8 @@ def output_dir(make_trainer, tmp_path) -> Path:
         (["OUT", "--checkpoint", "last"], "--checkpoint last is neither a step nor 'all'"),
         (["OUT", "--checkpoint", "all", "--tag", "v1"], "--tag names one push, and --checkpoint all makes several"),
         (["OUT", "--retry_seconds", "-1"], "--retry_seconds -1.0 must be 0 or more"),
+        (["OUT", "--retry_seconds", "nan"], "--retry_seconds nan must be 0 or more, and have an end"),
+        (["OUT", "--retry_seconds", "inf"], "--retry_seconds inf must be 0 or more, and have an end"),
         (["OUT/checkpoint-1/nothing", "--repo_id", "x"], "there is no such directory"),
         (["OUT", "--hub_token", "x"], "unrecognized arguments: --hub_token x"),
     ],
@@ -314,13 +317,158 @@ def test_wrong_arguments_end_with_one_line(arguments, message, output_dir, capsy
     assert message.replace("OUT", str(output_dir)) in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("record", ["{}", "[]", "null", "{", '{"model": {"repo": "a"}, "missing": []}'])
-def test_a_record_that_is_none_is_said(record, output_dir, capsys):
-    (output_dir / "_hub.json").write_text(record)
+A_PUSH = {"source": ".", "repo_id": "me/model"}
+DAMAGED_RECORDS = {
+    "other keys": b"{}", "a list": b"[]", "null": b"null", "cut": b"{", "empty": b"", "no UTF-8": b"\xff\xfe{}",
+    "NUL bytes": b"\0" * 64, "nested without an end": b"[" * 100_000,
+    "another field": json.dumps({"model": {"repo": "a"}, "missing": []}).encode(),
+    "a number for a name": json.dumps({"model": A_PUSH | {"repo_id": 3}, "missing": []}).encode(),
+    "a list for a folder": json.dumps({"model": None, "missing": [[A_PUSH | {"folder": ["a"]}, "why"]]}).encode(),
+    "no reason": json.dumps({"model": None, "missing": [A_PUSH]}).encode(),
+    "no list": json.dumps({"model": None, "missing": 3}).encode(),
+    "a place outside": json.dumps({"model": A_PUSH | {"source": "../../other"}, "missing": []}).encode(),
+    "a directory": None,
+}  # fmt: skip
+
+
+def damage_record(output_dir: Path, content: bytes | None) -> None:
+    output_dir.mkdir(exist_ok=True)
+    if content is None:
+        (output_dir / "_hub.json").mkdir()
+    else:
+        (output_dir / "_hub.json").write_bytes(content)
+
+
+@pytest.mark.parametrize("content", DAMAGED_RECORDS.values(), ids=DAMAGED_RECORDS)
+def test_a_record_that_is_none_is_said(content, adapter_dir, capsys):
+    output_dir = adapter_dir
+    damage_record(output_dir, content)
     with pytest.raises(SystemExit) as stop:
         main(["push", str(output_dir)])
     assert stop.value.code == 2
     assert "_hub.json does not say what a run could not push" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_record_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "_hub.json")
+    with pytest.raises(ValueError, match=r"_hub\.json does not say"):
+        Record(tmp_path)
+
+
+@pytest.mark.parametrize("content", DAMAGED_RECORDS.values(), ids=DAMAGED_RECORDS)
+def test_a_damaged_record_is_set_aside_by_a_run_that_pushes(content, tmp_path, caplog):
+    damage_record(tmp_path, content)
+    for i in (1, 2):  # the second time too
+        pushes = PushQueue(tmp_path, HfApi(), retry_seconds=0)
+        pushes.set_model(Push(".", "me/model"))
+        assert Record(tmp_path).model == Push(".", "me/model")
+        assert f"damaged, or not luffy-trl's. It is now _hub-damaged-{i}.json" in caplog.text
+        aside = tmp_path / f"_hub-damaged-{i}.json"
+        assert aside.is_dir() if content is None else aside.read_bytes() == content
+        (tmp_path / "_hub.json").unlink()
+        damage_record(tmp_path, content)
+
+
+def test_a_run_that_pushes_nothing_leaves_a_damaged_record_alone(make_trainer, tmp_path):
+    damage_record(tmp_path / "out", b"{")
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert (tmp_path / "out" / "checkpoint-1").is_dir()
+    assert (tmp_path / "out" / "_hub.json").read_bytes() == b"{"
+
+
+def test_a_run_that_pushes_trains_beside_a_damaged_record(make_trainer, tmp_path, caplog):
+    damage_record(tmp_path / "out", b"{")
+    trainer = make_trainer(max_steps=1, push_to_hub=True)
+    assert "It is now _hub-damaged-1.json" in caplog.text  # before training
+    trainer.train()
+    assert trainer.push_to_hub() is None
+    assert [push.source for push in Record(tmp_path / "out").missing] == ["."]
+    assert not is_pushed("_hub-damaged-1.json")
+
+
+# No wait without an end
+
+
+class DyingApi(HfApi):
+    """Its first calls raise."""
+
+    def __init__(self, *errors: BaseException):
+        super().__init__(endpoint="http://127.0.0.1:9")
+        self.errors = list(errors)
+
+    def create_repo(self, *args, **kwargs):
+        raise self.errors.pop(0)
+
+
+@pytest.fixture
+def adapter_dir(tmp_path) -> Path:
+    """What looks like the output directory of a run with an adapter."""
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    save_file({"weight": torch.ones(2)}, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text("{}")
+    return directory
+
+
+def finished(pushes: PushQueue, seconds: float = 20) -> bool:
+    thread = threading.Thread(target=pushes.finish, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), SystemExit(3), GeneratorExit("closed"), MemoryError(), BaseException("odd")]
+)
+def test_a_push_that_dies_ends_neither_the_run_nor_the_other_pushes(error, adapter_dir, caplog):
+    pushes = PushQueue(adapter_dir, DyingApi(error, PushError("refused")), retry_seconds=0)
+    pushes.add(Push(".", "first"))
+    pushes.add(Push(".", "second"))
+    assert finished(pushes)
+    reason = ": ".join(filter(None, [type(error).__name__, str(error)]))
+    assert {push.repo_id: why for push, why in pushes.record.missing.items()} == {"first": reason, "second": "refused"}
+    assert f"Not pushed: the model to first: {reason}. The run goes on" in caplog.text
+    assert "luffy-trl push" in what_is_missing(adapter_dir)
+    assert finished(pushes)  # and once more, with nothing to do
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_is_not_waited_for(adapter_dir, monkeypatch):
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PushQueue, "_note_failure", dies)  # even what follows a failure fails
+    pushes = PushQueue(adapter_dir, DyingApi(*[PushError("refused")] * 3), retry_seconds=0)
+    for name in ("first", "second", "third"):
+        pushes.add(Push(".", name))
+    assert finished(pushes)
+    assert [push.repo_id for push in Record(adapter_dir).missing] == ["first", "second", "third"]
+
+
+def test_a_system_without_a_thread_left_ends_no_run(adapter_dir, monkeypatch, caplog):
+    def no_thread(_):
+        raise RuntimeError("can't start new thread")
+
+    pushes = PushQueue(adapter_dir, DyingApi(PushError("refused")), retry_seconds=0)
+    with monkeypatch.context() as without:
+        without.setattr(threading.Thread, "start", no_thread)
+        pushes.add(Push(".", "first"))
+        pushes.finish()
+    assert "Nothing is pushed now: RuntimeError: can't start new thread" in caplog.text
+    assert [push.repo_id for push in Record(adapter_dir).missing] == ["first"]
+    assert finished(pushes)
+    assert list(pushes.record.missing.values()) == ["refused"]
+
+
+def test_a_checkpoint_that_cannot_be_read_ends_no_run(adapter_dir):
+    checkpoint = adapter_dir / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"\xff" * 64)
+    pushes = PushQueue(adapter_dir, DyingApi(), retry_seconds=0)
+    pushes.add(Push("checkpoint-1", "me/model"), checkpoint)
+    [reason] = pushes.record.missing.values()
+    assert f"{checkpoint / 'model.safetensors'} is damaged" in reason
 
 
 def test_a_directory_without_a_model_and_an_offline_machine_are_told_so(output_dir, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,8 +64,8 @@ def check(args: argparse.Namespace) -> None:
     if args.checkpoint == "all" and (args.revision or args.tag):
         name = "revision" if args.revision else "tag"
         raise ValueError(f"--{name} names one push, and --checkpoint all makes several. Give one --checkpoint N.")
-    if args.retry_seconds < 0:
-        raise ValueError(f"--retry_seconds {args.retry_seconds} must be 0 or more.")
+    if not 0 <= args.retry_seconds < math.inf:
+        raise ValueError(f"--retry_seconds {args.retry_seconds} must be 0 or more, and have an end.")
 
 
 def complete_checkpoints(output_dir: Path) -> list[str]:

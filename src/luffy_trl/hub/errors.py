@@ -76,7 +76,7 @@ def explain(error: BaseException) -> PushError:
         cause = cause.__cause__
     # hf_xet reports what its transfers met as RuntimeError or ConnectionError
     passes = isinstance(error, RuntimeError | ConnectionError | TimeoutError)
-    return PushError(f"{type(error).__name__}: {_one_line(error)}", passes)
+    return PushError(": ".join(filter(None, [type(error).__name__, _one_line(error)])), passes)
 
 
 def _explain_status(error: HfHubHTTPError) -> PushError:
@@ -90,7 +90,7 @@ def _explain_status(error: HfHubHTTPError) -> PushError:
     return PushError(
         f"the Hub answered {status} to {path}: {_one_line(error.server_message or error)}",
         passes=status in (408, 409, 412, 429) or status >= 500,
-        retry_after=float(retry_after) if retry_after.isdigit() else None,
+        retry_after=float(retry_after) if retry_after.isdecimal() else None,
     )
 
 

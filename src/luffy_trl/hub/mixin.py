@@ -203,7 +203,8 @@ class HubPushMixin(GRPOTrainer):
             yield dataclasses.replace(model, revision=branch_of(checkpoint))
 
     def _finish_current_push(self) -> None:
-        if not self.is_world_process_zero():
+        # What an earlier run could not push is not looked at by one that pushes nothing
+        if not self.is_world_process_zero() or not self._pushes.is_used:
             return
         self._pushes.finish()
         if missing := len(self._pushes.record.missing):

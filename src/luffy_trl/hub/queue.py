@@ -1,11 +1,13 @@
 """Pushes in the background of a run, and the record of what is not pushed yet, from which it is done later."""
 
+import itertools
 import json
 import logging
 import os
 import shlex
 import shutil
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from huggingface_hub import HfApi
 
 from ..reporting.logs import COMPLETIONS
 from .errors import PushError, explain
-from .upload import Push, Uploaded, check_weights, files_below, is_pushed, push_once_or_again
+from .upload import Push, Uploaded, check_weights, files_below, is_pushed, push_of, push_once_or_again
 
 
 logger = logging.getLogger(__name__)
@@ -24,19 +26,25 @@ NOT_YET = "the run ended before"
 
 
 class Record:
-    """`OUTPUT_DIR/_hub.json`: where a run pushes to, and what is not pushed yet, each with the reason."""
+    """`OUTPUT_DIR/_hub.json`: where a run pushes to, and what is not pushed yet, each with the reason.
+
+    Raises:
+        ValueError: if what lies there is no such record.
+    """
 
     def __init__(self, output_dir: Path):
         self.path = output_dir / RECORD
         self.model: Push | None = None  # how the run pushes its final model
         self.missing: dict[Push, str] = {}
-        if not self.path.is_file():
+        if not os.path.lexists(self.path):
             return
         try:
+            if not self.path.is_file():  # a pipe, which nobody may ever write to
+                raise ValueError("not a file")
             saved = json.loads(self.path.read_text(encoding="utf-8"))
-            self.model = Push(**saved["model"]) if saved["model"] else None
-            self.missing = {Push(**push): why for push, why in saved["missing"]}
-        except (ValueError, KeyError, TypeError) as error:
+            self.model = push_of(saved["model"]) if saved["model"] else None
+            self.missing = {push_of(push): str(why) for push, why in saved["missing"]}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{self.path} does not say what a run could not push: it is damaged, or not luffy-trl's. Remove it, "
                 "and `luffy-trl push` pushes the model as if no run had noted anything."
@@ -52,6 +60,21 @@ class Record:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.replace(temporary, self.path)
+
+
+def record_of_run(output_dir: Path) -> Record:
+    """The record that a run goes on with. What lies there and is none is set aside, not removed: no run ends for it."""
+    try:
+        return Record(output_dir)
+    except ValueError:
+        path = output_dir / RECORD
+        aside = next(name for i in itertools.count(1) if not (name := output_dir / f"_hub-damaged-{i}.json").exists())
+        os.replace(path, aside)
+        logger.warning(
+            f"{path} does not say what an earlier run could not push: it is damaged, or not luffy-trl's. It is now "
+            f"{aside.name}, and this run notes its own pushes anew."
+        )
+        return Record(output_dir)
 
 
 def same_place(push: Push, other: Push) -> bool:
@@ -92,13 +115,26 @@ class PushQueue:
 
     def __init__(self, output_dir: Path, api: HfApi, retry_seconds: float):
         self.output_dir, self.api, self.retry_seconds = output_dir, api, retry_seconds
-        self.record = Record(output_dir)
+        self._record: Record | None = None
         self.uploaded: dict[Push, Uploaded] = {}
         self._waiting: dict[Push, Path | None] = {}  # push -> where its files are held
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()  # no more waiting between attempts
         self._holds = 0
+
+    @property
+    def record(self) -> Record:
+        """Read when it is needed first: a run that pushes nothing looks at none."""
+        with self._lock:
+            if self._record is None:
+                self._record = record_of_run(self.output_dir)
+            return self._record
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything was to be pushed so far."""
+        return self._record is not None
 
     def add(self, push: Push, directory: Path | None = None, keep_all: bool = False) -> None:
         """
@@ -108,7 +144,7 @@ class PushQueue:
         """
         try:
             held = None if directory is None else self._hold(directory, push)
-        except (OSError, PushError) as error:  # a full disk, a model that is not whole: not here does the run end
+        except Exception as error:  # a full disk, a model that is not whole: not here does the run end
             logger.warning(f"Not pushed: {push}: {explain(error)}. The run goes on; it is kept for later.")
             self._note({push: str(explain(error))})
             return
@@ -135,40 +171,47 @@ class PushQueue:
         self._start()
 
     def finish(self) -> None:
-        """Wait until all is pushed or failed, with no new attempts once `retry_seconds` are over.
-
-        What a thread that died left undone stays in the record, and is tried once more by the next `add` or `retry`.
-        """
-        thread = self._thread
-        if thread is None:
-            return
+        """Wait until all is pushed or failed, with no new attempts once `retry_seconds` are over."""
+        deadline = time.monotonic() + self.retry_seconds
         try:
-            thread.join(min(self.retry_seconds, threading.TIMEOUT_MAX))
-            self._hurry.set()
-            thread.join()
+            # A thread that dies has taken one push at least: others take its place, but not for ever
+            for _ in range(1 + len(self._waiting)):
+                if (thread := self._start()) is None:
+                    return
+                thread.join(min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
+                self._hurry.set()
+                thread.join()
         finally:
             self._hurry.clear()
 
-    def _start(self) -> None:
+    def _start(self) -> threading.Thread | None:
+        """The thread that pushes, started if there is something to push. None: nothing is to be waited for."""
         with self._lock:
             if self._thread is not None or not self._waiting:
-                return
+                return self._thread
             thread = threading.Thread(target=self._work, name="push-to-hub", daemon=True)
             try:
                 thread.start()
-            except RuntimeError as error:  # the system has no thread left: not here does the run end
+            except RuntimeError as error:  # the system has no thread left
                 logger.warning(f"Nothing is pushed now: {explain(error)}. The run goes on; it is kept for later.")
-            else:
-                self._thread = thread
+                return None
+            self._thread = thread
+            return thread
 
     def _work(self) -> None:
         try:
             while (due := self._take()) is not None:
-                self._push(*due)
-                _let_go(due[1])
-        finally:  # whatever ends this thread, nobody may wait for it
+                push, held = due
+                try:
+                    self._push(push, held)
+                except BaseException as error:  # whatever it is, it ends neither the run nor the pushes that wait
+                    self._note_failure(push, explain(error))
+                finally:
+                    _let_go(held)
+        finally:  # nobody may wait for a thread that has ended
             with self._lock:
-                self._thread = None
+                if self._thread is threading.current_thread():
+                    self._thread = None
 
     def _take(self) -> tuple[Push, Path | None] | None:
         """The push whose turn it is, and where its files are held. None: all is done, and this thread ends."""
@@ -181,21 +224,19 @@ class PushQueue:
 
     def _push(self, push: Push, held: Path | None) -> None:
         seconds = 0.0 if self._hurry.is_set() else self.retry_seconds
-        try:
-            self.uploaded[push] = push_once_or_again(
-                self.api, self.output_dir, push, held, seconds,
-                say=lambda message: logger.warning(f"Pushing {push}: {message}"), sleep=self._hurry.wait,
-            )  # fmt: skip
-        except BaseException as error:  # nothing that happens here may end a run, or the pushes that wait
-            problem = explain(error)
-            logger.warning(f"Not pushed: {push}: {problem}. The run goes on; it is kept for later.")
-            with self._lock:
-                replaced = any(same_place(other, push) for other in self._waiting)
-                self._note({} if replaced else {push: str(problem)})
-        else:
-            for note in self.uploaded[push].notes:
-                logger.warning(note)
-            self._note(done=push)
+        self.uploaded[push] = push_once_or_again(
+            self.api, self.output_dir, push, held, seconds,
+            say=lambda message: logger.warning(f"Pushing {push}: {message}"), sleep=self._hurry.wait,
+        )  # fmt: skip
+        for note in self.uploaded[push].notes:
+            logger.warning(note)
+        self._note(done=push)
+
+    def _note_failure(self, push: Push, problem: PushError) -> None:
+        logger.warning(f"Not pushed: {push}: {problem}. The run goes on; it is kept for later.")
+        with self._lock:
+            replaced = any(same_place(other, push) for other in self._waiting)
+            self._note({} if replaced else {push: str(problem)})
 
     def _note(self, missing: dict[Push, str] | None = None, done: Push | None = None) -> None:
         """Record, and save the record. What a newer push replaces, done or about to come, is not missing."""

@@ -4,18 +4,20 @@ A [`Push`] says what goes where, and can be kept for later as JSON. Nothing here
 """
 
 import json
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import httpx
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_session
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..reporting.logs import COMPLETIONS
 from ..runs.checkpoints import MANIFEST
@@ -75,6 +77,16 @@ class Push:
         where = self.repo_id + (f"@{self.revision}" if self.revision else "")
         merged = " (merged)" if self.merge else " (with its optimizer states)" if self.states else ""
         return f"{what}{merged} to {where}{f'/{self.folder}' if self.folder else ''}"
+
+
+def push_of(fields: Mapping[str, Any]) -> Push:
+    """The push that was kept as its fields. Raises ValueError or TypeError if they are not such."""
+    push = Push(**fields)
+    wrong = [name for name, kind in get_type_hints(Push).items() if not isinstance(getattr(push, name), kind)]
+    # Nothing outside the output directory
+    if wrong or not (push.source in (MODEL, COMPLETIONS) or re.fullmatch(r"checkpoint-\d+", push.source)):
+        raise ValueError(f"no push: {', '.join(wrong) or 'source'}")
+    return push
 
 
 @dataclass(frozen=True)
@@ -220,10 +232,14 @@ def check_weights(directory: Path) -> None:
         )
         raise PushError(f"{directory} holds no model weights{f', {hint}' if sharded else ''}")
     for path in directory.glob("*.safetensors"):
-        with safe_open(path, framework="np") as tensors:
-            empty = [key for key in tensors.keys() if 0 in tensors.get_slice(key).get_shape()]  # noqa: SIM118
-            if empty or not tensors.keys():
-                raise PushError(f"{path} holds empty weights ({', '.join(empty[:2]) or 'no tensor at all'})")
+        try:
+            with safe_open(path, framework="np") as tensors:
+                shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise PushError(f"{path} is damaged: {error}") from error
+        empty = [key for key, shape in shapes.items() if 0 in shape]
+        if empty or not shapes:
+            raise PushError(f"{path} holds empty weights ({', '.join(empty[:2]) or 'no tensor at all'})")
 
 
 def local_base(directory: Path) -> str | None:

@@ -62,8 +62,7 @@ def redact_values(value: Any, secrets: Iterable[str] = ()) -> Any:
     """Mappings and lists with every value masked that has a secret's name, and `redact` applied to all text."""
     if isinstance(value, Mapping):
         return {
-            key: MASK if _holds_a_secret(key, item) else redact_values(item, secrets)
-            for key, item in value.items()
+            key: MASK if _holds_a_secret(key, item) else redact_values(item, secrets) for key, item in value.items()
         }
     if isinstance(value, list | tuple):
         return [redact_values(item, secrets) for item in value]
