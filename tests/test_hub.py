@@ -15,13 +15,15 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from luffy_trl import LuffyConfig
 from luffy_trl.commands.cli import main
 from luffy_trl.commands.inputs import LuffyScriptArguments
+from luffy_trl.commands.push import what_to_do
 from luffy_trl.commands.sft import LuffySFTConfig
 from luffy_trl.hub.card import card_for_hub, prompting
 from luffy_trl.hub.errors import PushError, with_retries
@@ -482,6 +484,155 @@ def test_a_directory_without_a_model_and_an_offline_machine_are_told_so(output_d
     assert "Not pushed: the model to out: HF_HUB_OFFLINE is set" in capsys.readouterr().out
 
 
+# An adapter and its base
+
+
+@pytest.fixture
+def real_adapter(tiny_model_dir, tokenizer, tmp_path) -> Path:
+    """What a run with an adapter leaves: adapter, tokenizer, card, pickled arguments, and a checkpoint."""
+    output_dir = tmp_path / "run"
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config)
+    for directory in (output_dir, output_dir / "checkpoint-3"):
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        (directory / "training_args.bin").write_bytes(b"pickled")
+        for name, parameter in model.named_parameters():  # the checkpoint's is another one
+            parameter.data *= 2 if "lora_" in name else 1
+    (output_dir / "checkpoint-3" / "manifest.json").write_text('{"files": {}}')
+    card = "---\nlibrary_name: peft\n---\n<!-- adapter -->This is an adapter<!-- /adapter -->\nPATH/TO/THIS/DIRECTORY"
+    (output_dir / "README.md").write_text(card)
+    (output_dir / "curves.png").write_bytes(b"a picture")
+    return output_dir
+
+
+def status_of(arguments: list, capsys) -> tuple[int, str, str]:
+    """Status, what was printed, and the last line of the errors, of `luffy-trl push`."""
+    status: int | str | None = 0
+    try:
+        main(["push", *map(str, arguments)])
+    except SystemExit as exit_:
+        status = exit_.code
+    out, err = capsys.readouterr()
+    if isinstance(status, str):  # what Python prints for it, before it ends with 1
+        return 1, out, status
+    return status or 0, out, err.splitlines()[-1] if err else ""
+
+
+@pytest.mark.parametrize(("flags", "source"), [([], "."), (["--checkpoint", "3"], "checkpoint-3")])
+def test_a_merged_model_is_written_to_a_directory_without_a_push(
+    flags, source, real_adapter, tiny_model_dir, tokenizer, tmp_path, capsys
+):
+    (real_adapter / "_hub.json").write_text("{")  # of no interest here
+    save_file({"stale": torch.ones(2)}, real_adapter / "model.safetensors")  # of an earlier run, without an adapter
+    target = tmp_path / "new" / "merged"
+    assert status_of([real_adapter, "--merge", "--to", target, *flags], capsys)[0] == 0
+    names = {path.name for path in target.iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} <= names
+    assert not {name for name in names if name.startswith(("adapter", "training_args", "checkpoint", "_", "manifest"))}
+    assert [path.name for path in target.parent.iterdir()] == ["merged"]  # nothing unfinished is left
+    ids = AutoTokenizer.from_pretrained(target)("Da:bc", return_tensors="pt")["input_ids"]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    expected = PeftModel.from_pretrained(base, real_adapter / source)(ids).logits
+    torch.testing.assert_close(
+        AutoModelForCausalLM.from_pretrained(target)(ids).logits, expected, rtol=1e-4, atol=1e-4
+    )
+    card = (target / "README.md").read_text()
+    assert "This is an adapter" not in card
+    assert "library_name: transformers" in card
+
+
+def test_the_bases_tokenizer_goes_with_an_adapter_that_has_none(real_adapter, tmp_path, capsys):
+    for path in [*real_adapter.glob("tokenizer*"), *real_adapter.glob("*.jinja")]:
+        path.unlink()
+    assert status_of([real_adapter, "--merge", "--to", tmp_path / "merged"], capsys)[0] == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("Da:bc")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--to", "NEW"], "--to NEW is where --merge writes the merged model. Give both, or neither."),
+        (["--merge", "--to", "OLD"], "--to OLD exists. Choose another directory, or remove it."),
+        (["--merge", "--to", "OLD/file"], "--to OLD/file exists."),
+        (["--merge", "--to", "LINK"], "--to LINK exists."),
+        (["--merge", "--to", "NEW", "--repo_id", "me/x"], "--repo_id is of a push, and with --to nothing is pushed."),
+        (["--merge", "--to", "NEW", "--tag", "v1"], "--tag is of a push"),
+        (["--merge", "--to", "NEW", "--private"], "--private is of a push"),
+        (["--merge", "--to", "NEW", "--revision", "dev"], "--revision is of a push"),
+        (["--merge", "--to", "NEW", "--checkpoint", "all"], "--to NEW takes one model, and --checkpoint all makes"),
+        (["--merge", "--to", "RUN/merged"], "--to RUN/merged lies in RUN, so that later pushes would take it along."),
+        (["--merge", "--to", "NEW", "--checkpoint", "9"], "whole checkpoints in RUN: 3."),
+    ],
+)
+def test_a_place_for_the_merged_model_that_is_none_is_refused(flags, message, real_adapter, tmp_path, capsys):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    places = {"NEW": "new", "OLD": "old", "LINK": "link", "RUN": "run"}
+
+    def with_places(text: str) -> str:
+        for name, place in places.items():
+            text = text.replace(name, str(tmp_path / place))
+        return text
+
+    before = sorted(tmp_path.rglob("*"))
+    status, _, error = status_of([real_adapter, *map(with_places, flags)], capsys)
+    assert (status, with_places(message) in error) == (2, True), error
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "old" / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flags", [["--merge"], ["--merge", "--checkpoint", "1"], ["--merge", "--to", "new"]])
+def test_merging_a_run_without_an_adapter_is_refused_once_and_for_all(flags, output_dir, capsys):
+    status, _, error = status_of([output_dir, *flags], capsys)
+    assert status == 2
+    assert "holds no adapter that could be merged. Without --merge it is pushed as it is." in error
+    assert "again" not in error
+    assert not Path("new").exists()
+
+
+def break_shapes(adapter: Path) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: torch.cat([w, w]) for name, w in weights.items()}, adapter / "adapter_model.safetensors")
+
+
+def break_base(adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/no/such/base"}))
+
+
+BROKEN_ADAPTERS = {
+    "other shapes": break_shapes,
+    "no base": break_base,
+    "no JSON": lambda adapter: (adapter / "adapter_config.json").write_text("{"),
+    "empty JSON": lambda adapter: (adapter / "adapter_config.json").write_text("{}"),
+    "cut weights": lambda adapter: (adapter / "adapter_model.safetensors").write_bytes(b"\0" * 64),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN_ADAPTERS.values(), ids=BROKEN_ADAPTERS)
+@pytest.mark.parametrize("to", [True, False])
+def test_an_adapter_that_never_merges_is_not_to_be_tried_again(damage, to, real_adapter, tmp_path, capsys):
+    damage(real_adapter)
+    flags = ["--to", tmp_path / "new"] if to else []
+    status, out, error = status_of([real_adapter, "--merge", *flags], capsys)
+    assert status == 1
+    assert "cannot be merged into its base" in (error if to else out)
+    assert "again" not in error
+    if not to:
+        assert "1 not done, see above. It will not pass by itself" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # all or nothing
+    assert not list(real_adapter.glob("_merged-*"))
+
+
+def test_what_may_pass_is_told_from_what_does_not():
+    passes, stays = PushError("busy", passes=True), PushError("refused")
+    assert what_to_do([passes, passes]) == "Run the same command again later."
+    assert "again" not in what_to_do([stays])
+    assert what_to_do([passes, stays]).startswith("Run the same command again later for 1 of them")
+
+
 def test_empty_weights_are_refused(tmp_path):
     save_file({"whole": torch.ones(2), "embed": torch.ones(0)}, tmp_path / "model.safetensors")
     with pytest.raises(PushError, match=r"holds empty weights \(embed\)"):
@@ -651,7 +802,16 @@ def test_a_token_of_text_in_the_environment_is_no_secret(name, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize(
-    "value", ["<|im_end|>", "<|endoftext|>", "</s>", "<pad>", "[PADDING]", "<｜end▁of▁sentence｜>", "[/INSTRUCTION]"]
+    "value",
+    [
+        "<|im_end|>",
+        "<|endoftext|>",
+        "</s>",
+        "<pad>",
+        "[PADDING]",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+        "[/INSTRUCTION]",
+    ],
 )
 def test_a_token_of_text_is_known_by_its_form_too(value, monkeypatch):
     monkeypatch.setenv("OUR_TOKEN", value)

@@ -15,7 +15,8 @@ from huggingface_hub import HfApi
 
 from ..reporting.logs import COMPLETIONS
 from .errors import PushError, explain
-from .upload import Push, Uploaded, check_weights, files_below, is_pushed, push_of, push_once_or_again
+from .files import check_weights, files_below, is_pushed
+from .upload import Push, Uploaded, push_of, push_once_or_again
 
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Record:
 
 
 def record_of_run(output_dir: Path) -> Record:
-    """The record that a run goes on with. What lies there and is none is set aside, not removed: no run ends for it."""
+    """The record that a run goes on with. What lies there and is none is set aside: no run ends for it."""
     try:
         return Record(output_dir)
     except ValueError:

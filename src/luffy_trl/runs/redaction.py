@@ -19,7 +19,7 @@ USER_AND_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 # Tokens of the Hub, whoever they belong to
 HUB_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}\b")
 
-# Names under which libraries and people keep secrets: HF_TOKEN, WANDB_API_KEY, hub_token, PGPASSWORD, DB_PASS, API_KEY_2
+# Names under which libraries and people keep secrets: HF_TOKEN, WANDB_API_KEY, hub_token, PGPASSWORD, DB_PASS
 SECRET_NAME = re.compile(
     r"((^|_)(token|api_?keys?|secrets?|(access|secret|private|account|storage|encryption|signing|auth)_?key|passwd"
     r"|passphrase|((db|sql|mysql|pg|postgres|mongo|redis|smtp|mail|ftp|http|proxy|user|admin|root|auth)_?(pass|pwd)))"
