@@ -442,6 +442,190 @@ def test_damaged_samples_are_named_and_half_written_ones_are_counted(tmp_path):
         SampleStore(tmp_path, settings)
 
 
+KEPT = {"task": "t", "doc_id": 0, "repeat": 0, "prompt_hash": "h", "response": "r", "tokens": 3, "truncated": False}
+
+
+def kept(**changes) -> bytes:
+    return json.dumps({name: value for name, value in (KEPT | changes).items() if value is not ...}).encode()
+
+
+# What stands in samples/t.jsonl, and what is said of it
+DAMAGED_SAMPLES = {
+    "cut within": (kept()[:40] + b"\n" + kept(repeat=1) + b"\n", "line 1 is no sample"),
+    "wrong type of a number": (
+        kept(doc_id="0"),
+        "line 1 is no sample (`doc_id` is '0', expected a whole number, 0 or",
+    ),
+    "a number below 0": (kept(doc_id=-1), "`doc_id` is -1, expected a whole number, 0 or more"),
+    "a fraction": (kept(repeat=0.5), "`repeat` is 0.5"),
+    "true for a number": (kept(tokens=True), "`tokens` is True, expected a whole number"),
+    "a list for a text": (kept(response=["a"]), "`response` is ['a'], expected a text"),
+    "null for a text": (kept(response=None), "`response` is None, expected a text"),
+    "a text for a truth": (kept(truncated="no"), "`truncated` is 'no', expected true or false"),
+    "a text for a score": (kept(score="1"), "`score` is '1', expected a number"),
+    "a missing key": (kept(response=...), "line 1 is no sample (it has no `response`)"),
+    "another program's key": (kept(acc=1), "it has 'acc', which no sample has"),
+    "another program's line": (b'{"doc": {"question": "?"}, "resps": [["a"]]}', "it has no `task`"),
+    "another task": (kept(task="../../u"), "`task` is '../../u', in the file of 't'"),
+    "a list": (b"[1, 2]", "it is [1, 2], expected an object"),
+    "a number": (b"3", "it is 3, expected an object"),
+    "null": (b"null", "it is None, expected an object"),
+    "an empty line": (b"\n" + kept(), "line 1 is no sample"),
+    "NUL bytes": (b"\0" * 40 + b"\n" + kept(), "line 1 is no sample"),
+    "a NUL byte in a text": (
+        kept().replace(b'"r"', b'"r\0"') + b"\n",
+        "line 1 is no sample (Invalid control character",
+    ),
+    "no UTF-8": (kept().replace(b'"r"', b'"\xff\xfe"') + b"\n", "line 1 is no sample ('utf-8' codec can't decode"),
+    "UTF-16": (kept().decode().encode("utf-16"), "line 1 is no sample"),
+    "a picture without a line's end": (b"\x89PNG\r" + bytes(range(11, 256)) * 9, "line 1 is no sample"),
+    "a number without an end": (kept().replace(b": 3", b": " + b"3" * 5000) + b"\n", "line 1 is no sample"),
+    "nested without an end": (b"[" * 100_000 + b"\n", "line 1 is no sample"),
+    "a long text for a number": (kept(doc_id="x" * 10_000), "expected a whole number, 0 or more"),
+    "the second line": (kept() + b"\n" + kept(repeat="1") + b"\n", "line 2 is no sample (`repeat` is '1'"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGED_SAMPLES.values(), ids=DAMAGED_SAMPLES)
+def test_a_line_that_is_no_sample_is_named_and_left_as_it_is(content, message, tmp_path):
+    settings = {"model": "m", "data": {"t": "1"}}
+    SampleStore(tmp_path, settings).close()
+    run_file, path = tmp_path / "run.json", tmp_path / "samples" / "t.jsonl"
+    content = content if content.endswith(b"\n") or b"PNG" in content else content + b"\n"
+    path.write_bytes(content)
+    before = run_file.read_bytes()
+    for _ in range(2):  # the first leaves no lock behind
+        with pytest.raises(EvaluationError) as raised:
+            SampleStore(tmp_path, settings)
+        assert f"{path}, line " in str(raised.value)
+        assert message in str(raised.value)
+        assert str(raised.value).count("\n") == 0
+        assert len(str(raised.value)) < 700
+    assert (path.read_bytes(), run_file.read_bytes()) == (content, before)
+
+
+def test_a_line_without_an_end_is_read_no_further_than_a_sample_can_be_long(tmp_path):
+    store = SampleStore(tmp_path, {"data": {}})
+    store.close()
+    with open(tmp_path / "samples" / "t.jsonl", "wb") as file:
+        file.truncate(1 << 33)  # of 8 GiB, which take no space
+    with pytest.raises(EvaluationError, match=r"t\.jsonl, line 1 is no sample \(it has 67108864 bytes and more\)"):
+        SampleStore(tmp_path, {"data": {}})
+    assert (tmp_path / "samples" / "t.jsonl").stat().st_size == 1 << 33
+
+
+@pytest.mark.parametrize(
+    "tail", [b"", kept(repeat=1)[:-1], kept(repeat=1)[:5], b"\0" * 512, kept()[:30] + b"\0" * 512]
+)
+def test_what_a_kill_or_a_loss_of_power_leaves_at_the_end_is_made_again(tail, tmp_path):
+    settings = {"data": {"t": "1"}}
+    SampleStore(tmp_path, settings).close()
+    path = tmp_path / "samples" / "t.jsonl"
+    path.write_bytes(kept() + b"\n" + tail)
+    store = SampleStore(tmp_path, settings)
+    assert (len(store.samples), store.half_written) == (1, int(tail != b""))
+    assert path.read_bytes() == kept() + b"\n"
+    store.close()
+
+
+def test_a_last_sample_without_a_line_break_is_kept(tmp_path):
+    """As an editor leaves it."""
+    settings = {"data": {"t": "1"}}
+    SampleStore(tmp_path, settings).close()
+    path = tmp_path / "samples" / "t.jsonl"
+    path.write_bytes(kept())
+    store = SampleStore(tmp_path, settings)
+    assert (len(store.samples), store.half_written) == (1, 0)
+    store.append([Sample(**(KEPT | {"repeat": 1, "response": "\0 \ud800 \u2028"}))])
+    store.close()
+    store = SampleStore(tmp_path, settings)
+    assert store.samples["t", 0, 1].response == "\0 \ud800 \u2028"
+    store.close()
+
+
+RUN = {"model": "m", "data": {"t": "1"}}
+DAMAGED_MANIFESTS = {
+    "cut": json.dumps(RUN).encode()[:-3], "empty": b"", "NUL bytes": b"\0" * 99, "no UTF-8": b'{"model": "\xff"}',
+    "UTF-16": json.dumps(RUN).encode("utf-16"), "a list": b"[]", "null": b"null", "a number": b"1",
+    "no data": b'{"model": "m"}', "data of another type": json.dumps(RUN | {"data": ["t"]}).encode(),
+    "another program's": b'{"command": "python run.py", "exit": 0}', "nested without an end": b"[" * 100_000,
+    "a directory": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED_MANIFESTS.values(), ids=DAMAGED_MANIFESTS)
+@pytest.mark.parametrize("samples", [True, False])
+def test_a_damaged_run_file_is_named_and_left_as_it_is(content, samples, tmp_path):
+    path = tmp_path / "run.json"
+    (tmp_path / "samples").mkdir()
+    if samples:
+        (tmp_path / "samples" / "t.jsonl").write_bytes(kept() + b"\n" + kept()[:20])
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(EvaluationError) as raised:
+        SampleStore(tmp_path, RUN)
+    assert f"--output_dir {tmp_path}" in str(raised.value)
+    assert "run.json" in str(raised.value)
+    assert "Choose another --output_dir." in str(raised.value)
+    assert path.is_dir() if content is None else path.read_bytes() == content
+    if samples:  # not even what a kill left
+        assert (tmp_path / "samples" / "t.jsonl").read_bytes() == kept() + b"\n" + kept()[:20]
+
+
+def test_a_run_file_with_other_values_is_told_in_one_line(tmp_path):
+    SampleStore(tmp_path, RUN).close()
+    (tmp_path / "samples" / "t.jsonl").write_bytes(kept() + b"\n")
+    for value in ("x" * 100_000, ["a"], {"b": "c\nd"}, None, 3):
+        (tmp_path / "run.json").write_text(json.dumps(RUN | {"model": value}))
+        with pytest.raises(EvaluationError, match="holds samples made with model ") as raised:
+            SampleStore(tmp_path, RUN)
+        assert len(str(raised.value)) < 600
+        assert "\n" not in str(raised.value)
+    (tmp_path / "run.json").write_text(json.dumps(RUN | {"data": {"t": ["1"]}}))
+    with pytest.raises(EvaluationError, match="other problems for t"):
+        SampleStore(tmp_path, RUN)
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "message"),
+    [
+        ("samples/luffy_math500.jsonl", "directory", "luffy_math500.jsonl is no file of samples. Move it out"),
+        ("samples/luffy_math500.jsonl", "pipe", "luffy_math500.jsonl is no file of samples. Move it out"),
+        ("samples/notes.jsonl", "text", "notes.jsonl, line 1 is no sample"),
+        ("samples", "text", "cannot be read or written"),
+        ("run.json", "directory", "run.json that is damaged, or not of luffy-trl eval"),
+        ("run.json", "pipe", "run.json that is damaged, or not of luffy-trl eval"),
+        ("run.json", "text", "run.json that is damaged, or not of luffy-trl eval"),
+        (".lock", "directory", "cannot be read or written"),
+        ("results.json", "directory", "results.json is a directory there"),
+        ("results.md", "directory", "results.md is a directory there"),
+        (".", "text", "cannot be read or written"),
+    ],
+)
+def test_what_lies_in_place_of_a_file_ends_with_one_line(place, kind, message, model_dir, data_file, tmp_path, capsys):
+    path = tmp_path / "out" / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    {"directory": Path.mkdir, "pipe": os.mkfifo, "text": lambda path: path.write_text("mine\n")}[kind](path)
+    error = error_of(options(model_dir, data_file, tmp_path / "out"), capsys)
+    assert message in error
+    if kind == "text":
+        assert path.read_text() == "mine\n"
+
+
+def test_a_damaged_run_ends_with_one_line(model_dir, data_file, tmp_path, capsys):
+    command = options(model_dir, data_file, tmp_path / "out", limit=1, n_samples=1, tasks="luffy_math500")
+    main(command)
+    run_file, samples = tmp_path / "out" / "run.json", tmp_path / "out" / "samples" / "luffy_math500.jsonl"
+    whole = samples.read_text()
+    samples.write_text(whole.replace('"repeat": 0', '"repeat": "0"'))
+    assert "luffy_math500.jsonl, line 1 is no sample (`repeat` is '0'" in error_of(command, capsys)
+    samples.write_text(whole)
+    run_file.write_text(run_file.read_text()[:-20])
+    assert "run.json, which says how they were made, cannot be read" in error_of(command, capsys)
+
+
 @pytest.mark.parametrize(
     ("flags", "difference"),
     [
@@ -533,8 +717,14 @@ def test_a_file_that_cannot_be_read_is_named(name, content, message, model_dir, 
 
 @pytest.mark.parametrize(
     "results",
-    ['{"results": {"math": {"acc": 1}}}', '{"name": "a", "tasks": ', "[]", '{"name": "", "tasks": {"b": {}}}'],
-)
+    [
+        '{"results": {"math": {"acc": 1}}}', '{"name": "a", "tasks": ', "[]", '{"name": "", "tasks": {"b": {}}}',
+        "[" * 100_000, '{"name": 3, "tasks": {}}',
+        json.dumps({"name": "a", "tasks": {"luffy_aime24": {
+            "score": "0.5", "stderr": None, "problems": 1, "samples": 1, "truncated": 0, "unanswered": 0, "tokens": 1,
+        }}}),
+    ],
+)  # fmt: skip
 def test_another_programs_results_are_not_compared_with(results, model_dir, data_file, tmp_path, capsys):
     (tmp_path / "results.json").write_text(results)
     message = error_of(options(model_dir, data_file, tmp_path / "out", compare=tmp_path), capsys)
@@ -554,6 +744,16 @@ def test_without_the_hub_or_a_chat_template_it_says_what_to_do(model_dir, data_f
     assert "has no chat template: choose --template plain" in error_of(
         options(bare, data_file, tmp_path / "o"), capsys
     )
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "", "\0", "[" * 100_000])
+def test_a_damaged_adapter_is_named(content, model_dir, data_file, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(content)
+    message = f"{tmp_path / 'adapter'}: its adapter_config.json "
+    arguments = options(model_dir, data_file, tmp_path / "out")
+    assert f"--adapter {message}" in error_of([*arguments, "--adapter", str(tmp_path / "adapter")], capsys)
+    assert f"--model {message}" in error_of(options(tmp_path / "adapter", data_file, tmp_path / "out"), capsys)
 
 
 def test_without_lm_eval_it_says_how_to_install_it(monkeypatch, model_dir, data_file, tmp_path, capsys):

@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.models.huggingface import HFLM
 
 from . import EvaluationError
+from .model_files import read_adapter_config
 
 
 # Back end -> its argument for a LoRA adapter
@@ -152,12 +152,12 @@ def adapter_arguments(backend: str, adapter: str) -> dict[str, Any]:
     Raises:
         EvaluationError: if there is none, or its rank is more than vLLM takes.
     """
-    config = Path(adapter) / "adapter_config.json"
-    if not config.is_file():
-        raise EvaluationError(f"--adapter {adapter}: there is no adapter_config.json in it.")
+    config = read_adapter_config(adapter, "--adapter")
     arguments: dict[str, Any] = {ADAPTER_ARGUMENTS[backend]: adapter}
     if backend == "vllm":
-        rank = json.loads(config.read_text())["r"]
+        rank = config.get("r")
+        if not isinstance(rank, int):
+            raise EvaluationError(f"--adapter {adapter}: its adapter_config.json has no rank `r`, but vLLM needs it.")
         fitting = [size for size in VLLM_LORA_RANKS if size >= rank]
         if not fitting:
             raise EvaluationError(

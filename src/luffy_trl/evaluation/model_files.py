@@ -15,14 +15,37 @@ from . import EvaluationError
 SAMPLED_BYTES = 2**20
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def read_adapter_config(directory: str, flag: str) -> dict[str, Any]:
+    """
+    Args:
+        flag: that names the directory.
+
+    Raises:
+        EvaluationError: if there is no adapter's configuration in it, or a damaged one.
+    """
+    path = Path(directory) / ADAPTER_CONFIG
+    if not path.is_file():
+        raise EvaluationError(f"{flag} {directory}: there is no {ADAPTER_CONFIG} in it.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise EvaluationError(f"{flag} {directory}: its {ADAPTER_CONFIG} cannot be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise EvaluationError(f"{flag} {directory}: its {ADAPTER_CONFIG} is {type(config).__name__}, not an object.")
+    return config
+
+
 def check_model(model: str, model_args: Mapping[str, Any]) -> None:
     """
     Raises:
         EvaluationError: if there is no such model, in a local directory, the cache or on the Hub.
     """
-    adapter = Path(model) / "adapter_config.json"
+    adapter = Path(model) / ADAPTER_CONFIG
     if adapter.is_file() and not (Path(model) / "config.json").is_file():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        base = read_adapter_config(model, "--model").get("base_model_name_or_path")
         raise EvaluationError(f"--model {model} is a LoRA adapter: give --model {base} --adapter {model}.")
     try:
         AutoConfig.from_pretrained(

@@ -25,6 +25,8 @@ from .scoring import Scorer
 from .templates import FROM_DATA
 
 
+TABLES = "results.md"
+
 # vLLM keeps some 256 responses under way, and the longest of a chunk leave it idle: there, chunks are larger
 DEFAULT_CHUNK_SIZE = {"hf": 64, "vllm": 2048}
 
@@ -45,6 +47,9 @@ class Evaluation:
         groups = {name: group.benchmarks for name, group in self.catalog.groups.items()}
         self.compared = tables.compared_rows(args.compare, groups)
         self.labels = {name: benchmark.label for name, benchmark in self.catalog.benchmarks.items()}
+        for name in (tables.RESULTS, TABLES):
+            if (Path(args.output_dir) / name).is_dir():
+                raise EvaluationError(f"--output_dir {args.output_dir}: {name} is a directory there. Move it away.")
         check_model(args.model, self.model_args)
         if args.adapter:
             self.model_args |= adapter_arguments(args.backend, args.adapter)
@@ -233,5 +238,11 @@ class Evaluation:
             "versions": {package: version(package) for package in ("luffy_trl", "lm_eval", "math-verify", "torch")},
         }
         directory = Path(self.args.output_dir)
-        (directory / tables.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        (directory / "results.md").write_text(f"# {self.name}\n\n{markdown}\n", encoding="utf-8")
+        try:
+            (directory / tables.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            (directory / TABLES).write_text(f"# {self.name}\n\n{markdown}\n", encoding="utf-8")
+        except OSError as error:
+            raise EvaluationError(
+                f"--output_dir {directory}: all samples are kept, but the results cannot be written: {error}. The "
+                "same command writes them once they can."
+            ) from error

@@ -10,8 +10,9 @@ lm-eval's own response cache does not serve here: it does not keep sampled respo
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ from . import EvaluationError
 
 
 RUN_FILE = "run.json"
+# Bytes of the longest line that is read, and of run.json: a response of a million tokens has some ten million
+LONGEST = 1 << 26
+# What each line begins with, as `_line` writes it
+LINE_START = b'{"task": "'
+# Of what a message shows of a damaged file, so many characters
+SHOWN = 200
 
 
 @dataclass
@@ -57,21 +64,37 @@ class SampleStore:
 
     Raises:
         EvaluationError: if the directory holds samples made with other settings, or is in use, or a file is damaged.
+            Nothing there is changed then.
     """
 
     def __init__(self, output_dir: str | Path, settings: dict[str, Any]):
         self.directory = Path(output_dir)
         self.samples: dict[tuple[str, int, int], Sample] = {}
         self.half_written = 0
-        (self.directory / "samples").mkdir(parents=True, exist_ok=True)
+        self._ends: list[tuple[Path, int, bytes]] = []  # file, how much of it is whole, what is missing behind it
         self._lock = FileLock(self.directory / ".lock", timeout=0)
+        with self._writing():
+            (self.directory / "samples").mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire()
+            except Timeout as error:
+                raise EvaluationError(f"--output_dir {output_dir} is in use by another run.") from error
+            try:
+                for path in sorted((self.directory / "samples").glob("*.jsonl")):
+                    self._read(path)
+                self.settings = self._check_manifest(settings)
+                self._mend_ends()
+            except BaseException:
+                self._lock.release()
+                raise
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk, a directory where a file belongs: one sentence, and what was kept before stays."""
         try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise EvaluationError(f"--output_dir {output_dir} is in use by another run.") from error
-        for path in sorted((self.directory / "samples").glob("*.jsonl")):
-            self._read(path)
-        self.settings = self._check_manifest(settings)
+            yield
+        except OSError as error:
+            raise EvaluationError(f"--output_dir {self.directory} cannot be read or written: {error}.") from error
 
     def close(self) -> None:
         self._lock.release()
@@ -83,7 +106,7 @@ class SampleStore:
             by_task.setdefault(sample.task, []).append(sample)
             self.samples[sample.key] = sample
         for task, of_task in by_task.items():
-            with open(self._path(task), "a", encoding="utf-8") as file:
+            with self._writing(), open(self._path(task), "a", encoding="utf-8") as file:
                 file.write("".join(map(_line, of_task)))
                 file.flush()
                 os.fsync(file.fileno())
@@ -92,38 +115,58 @@ class SampleStore:
         """Write a task's samples anew, in order, with what is known of them now."""
         of_task = sorted((s for s in self.samples.values() if s.task == task), key=lambda sample: sample.key)
         temporary = self._path(task).with_suffix(".tmp")
-        temporary.write_text("".join(map(_line, of_task)), encoding="utf-8")
-        os.replace(temporary, self._path(task))
+        with self._writing():
+            temporary.write_text("".join(map(_line, of_task)), encoding="utf-8")
+            os.replace(temporary, self._path(task))
 
     def _path(self, task: str) -> Path:
         return self.directory / "samples" / f"{task}.jsonl"
 
     def _read(self, path: Path) -> None:
-        content = path.read_bytes()
-        *lines, rest = content.split(b"\n")
-        if rest:  # a kill in the middle of a write: generated again
-            self.half_written += 1
+        if not path.is_file():  # a directory; a pipe, which nobody may ever write to
+            raise EvaluationError(f"{path} is no file of samples. Move it out of there.")
+        whole = 0
+        with open(path, "rb") as file:
+            # No more than a line at a time: a file of another program may be one line without an end
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
+                try:
+                    sample = _sample(line, path.stem)
+                except (ValueError, RecursionError) as error:
+                    if isinstance(error, json.JSONDecodeError) and _is_half_written(
+                        line
+                    ):  # a kill in the middle of a write: generated again
+                        self.half_written += 1
+                        self._ends.append((path, whole, b""))
+                        return
+                    raise EvaluationError(
+                        f"{path}, line {number} is no sample ({error}). Remove the line, and it is generated again."
+                    ) from error
+                whole += len(line)
+                self.samples[sample.key] = sample
+                if not line.endswith(b"\n"):
+                    self._ends.append((path, whole, b"\n"))
+
+    def _mend_ends(self) -> None:
+        """Have each file end with a whole line, for others to be appended."""
+        for path, whole, missing in self._ends:
             with open(path, "r+b") as file:
-                file.truncate(len(content) - len(rest))
-        for number, line in enumerate(lines, 1):
-            try:
-                sample = Sample(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise EvaluationError(
-                    f"{path}, line {number} is no sample ({error}). Remove the line, and it is generated again."
-                ) from error
-            self.samples[sample.key] = sample
+                file.truncate(whole)
+                file.seek(whole)
+                file.write(missing)
 
     def _check_manifest(self, settings: dict[str, Any]) -> dict[str, Any]:
         path = self.directory / RUN_FILE
-        if self.samples:
+        if self.samples or os.path.lexists(path):
             try:
-                kept = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+                kept = _manifest(path)
+            except (OSError, ValueError, RecursionError) as error:
+                holds = f"holds a {RUN_FILE} that is damaged, or not of luffy-trl eval ({error})"
+                if self.samples:
+                    holds = f"has samples, but {RUN_FILE}, which says how they were made, cannot be read ({error})"
                 raise EvaluationError(
-                    f"--output_dir {self.directory} has samples, but {RUN_FILE}, which says how they were made, "
-                    f"cannot be read ({error}). Choose another --output_dir."
+                    f"--output_dir {self.directory} {holds}. Choose another --output_dir."
                 ) from error
+        if self.samples:
             differences = _differences(kept, settings)
             if differences:
                 raise EvaluationError(
@@ -137,14 +180,72 @@ class SampleStore:
         return settings
 
 
+def _manifest(path: Path) -> dict[str, Any]:
+    """What run.json holds. Raises OSError, ValueError or RecursionError if that is not what an evaluation writes."""
+    if not path.exists():
+        raise ValueError("it is not there")
+    if not path.is_file():
+        raise ValueError("it is no file")
+    with open(path, "rb") as file:
+        content = file.read(LONGEST)
+    kept = json.loads(content.decode())
+    if not isinstance(kept, dict) or not isinstance(kept.get("data"), dict):
+        raise ValueError("it is not as luffy-trl eval writes it: an object with `model`, `data` and more")
+    return kept
+
+
+def _sample(line: bytes, task: str) -> Sample:
+    """The sample that a line of a task's file holds. Raises ValueError or RecursionError if it is none."""
+    if len(line) == LONGEST:
+        raise ValueError(f"it has {LONGEST} bytes and more")
+    values = json.loads(line.decode())
+    if not isinstance(values, dict):
+        raise ValueError(f"it is {_shown(values)}, expected an object")
+    known = {field.name: field for field in fields(Sample)}
+    if missing := [name for name, field in known.items() if field.default is MISSING and name not in values]:
+        raise ValueError(f"it has no `{missing[0]}`")
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"it has {_shown(name)}, which no sample has")
+        if not _is_of(known[name].type, value):
+            raise ValueError(f"`{name}` is {_shown(value)}, expected {EXPECTED[known[name].type]}")
+    if values["task"] != task:
+        raise ValueError(f"`task` is {_shown(values['task'])}, in the file of {task!r}")
+    return Sample(**values)
+
+
+EXPECTED: dict[Any, str] = {
+    str: "a text", int: "a whole number, 0 or more", bool: "true or false", str | None: "a text",
+    float | None: "a number",
+}  # fmt: skip
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    if kind is int:
+        return type(value) is int and value >= 0
+    return isinstance(value, kind) or (kind == float | None and type(value) is int)
+
+
+def _is_half_written(line: bytes) -> bool:
+    """Whether a line without an end is the beginning of a sample, or what a loss of power has left of it."""
+    written = line.rstrip(b"\0")
+    return not line.endswith(b"\n") and len(line) < LONGEST and written.startswith(LINE_START[: len(written)])
+
+
 def _differences(kept: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     different = [
-        f"{name} {kept.get(name)!r} instead of {value!r}"
+        f"{name} {_shown(kept.get(name))} instead of {value!r}"
         for name, value in settings.items()
         if name != "data" and kept.get(name) != value
     ]
     changed = [task for task, value in settings["data"].items() if kept["data"].get(task, value) != value]
     return different + [f"other problems for {task}" for task in changed]
+
+
+def _shown(value: Any) -> str:
+    """On one line, and cut: nobody knows what stands in a damaged file."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _line(sample: Sample) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -117,14 +118,22 @@ def compared_rows(sources: Sequence[str], groups: Mapping[str, Sequence[str]]) -
             )
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
-            summaries = {task: Summary(**summary) for task, summary in results["tasks"].items()}
-            rows.append(row(f"{results['name']} ({source})", summaries, groups))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            summaries = {task: _summary(fields) for task, fields in results["tasks"].items()}
+            rows.append(row(f"{' '.join(results['name'].split())} ({source})", summaries, groups))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise EvaluationError(
                 f"--compare {source}: its {RESULTS} is not, or no longer, as luffy-trl eval writes it. Give an "
                 "--output_dir of that command."
             ) from error
     return rows
+
+
+def _summary(fields: Mapping[str, Any]) -> Summary:
+    """Raises TypeError if they are not a summary's."""
+    summary = Summary(**fields)
+    if not all(isinstance(value, int | float) for name, value in fields.items() if (name, value) != ("stderr", None)):
+        raise TypeError("a summary's fields are numbers")
+    return summary
 
 
 # Output

@@ -19,6 +19,8 @@ CARD = "README.md"
 CURVES = "curves.png"
 EVALUATION = Path("eval") / "results.json"  # of `luffy-trl eval --output_dir OUTPUT_DIR/eval`
 
+NO_ERROR = ("stderr", None)  # of a benchmark of one problem
+
 # Stands for the repository until the card is pushed to one
 PLACEHOLDER = "PATH/TO/THIS/DIRECTORY"
 EMPTY_LINES = re.compile(r"\n{3,}")
@@ -192,12 +194,16 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
-        return {
+        results = {
             task: {key: result[key] for key in ("score", "stderr", "problems", "samples")}
             for task, result in tasks.items()
         }
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        for result in results.values():
+            if not all(isinstance(value, int | float) for key, value in result.items() if (key, value) != NO_ERROR):
+                raise TypeError(f"{result} are not all numbers")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} does not hold the results of `luffy-trl eval`: {error!r}") from error
+    return results
 
 
 def evaluation_section(results: Mapping[str, Mapping[str, Any]]) -> str:
