@@ -723,9 +723,11 @@ def test_an_evaluation_becomes_metadata_and_a_table(output_dir):
     assert "| luffy_aime24 | 50.1 ± 1.2 | 30 | 32 |\n| luffy_one | 50.1 | 30 | 32 |" in card
     [first, _] = ModelCard(card).data.eval_results
     assert (first.dataset_name, first.metric_type, first.metric_value) == ("luffy_aime24", "accuracy", 50.1)
-    (output_dir / "eval" / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="does not hold the results of `luffy-trl eval`"):
-        card_for_hub(output_dir, "me/model", merged=False)
+    as_text = {"tasks": {"luffy_aime24": summary | {"score": "0.5"}}}
+    for damaged in (b"{}", b"[]", b"\xff", b"[" * 100_000, json.dumps(as_text).encode()):
+        (output_dir / "eval" / "results.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match="does not hold the results of `luffy-trl eval`"):
+            card_for_hub(output_dir, "me/model", merged=False)
 
 
 def test_a_conversational_dataset_is_prompted_through_its_template(make_trainer, walks, tmp_path):

@@ -76,7 +76,7 @@ def merge(adapter: Path, directory: Path) -> None:
             if has_tokenizer
             else AutoTokenizer.from_pretrained(base_name, revision=revision)
         )
-        if len(tokenizer) > base.get_input_embeddings().num_embeddings:  # of a run that has added tokens
+        if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:  # of a run that has added tokens
             base.resize_token_embeddings(len(tokenizer))
         model = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     except Exception as error:  # of files, of the Hub, of shapes that differ: whatever it is, it is one sentence
