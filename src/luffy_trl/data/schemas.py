@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..demonstrations.encoding import brief, demonstration_text
+from .numbers import exact_text, is_number
 
 
 # What rows and demonstrations are dropped for, in the order in which it is looked at
@@ -184,8 +185,7 @@ def _message(value: Any, where: str) -> Message:
 
 
 def _gold(value: Any, column: str) -> str:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    text = str(value) if is_number else value
+    text = exact_text(value) if is_number(value) and math.isfinite(value) else value
     if not isinstance(text, str) or not text.strip():
         raise UnusableRowError(NO_GOLD, f"`{column}` is {brief(value)}, expected an answer")
     return text
