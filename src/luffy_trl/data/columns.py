@@ -7,7 +7,7 @@ what it is in each row (`datasets.Json`).
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -159,37 +159,11 @@ def fitted(value: Any, feature: Any) -> Any:
     return float(value) if feature.dtype == "float64" else value
 
 
-def to_table(columns: dict[str, Sequence[Any]], features: Features) -> pa.Table:
-    """Columns of values that are in the types of `features`.
-
-    Raises:
-        ValueError: for a text that holds half a character, naming its place among these rows.
-    """
+def to_table(columns: dict[str, list[Any]], features: Features) -> pa.Table:
+    """Columns of values that are in the types of `features`."""
     arrays = []
-    for name, feature in features.items():
-        kind = features.arrow_schema.field(name).type
-        try:
-            if isinstance(feature, Json):
-                arrays.append(pa.ExtensionArray.from_storage(kind, pa.array(columns[name], kind.storage_type)))
-            else:
-                arrays.append(pa.array(columns[name], kind))
-        except UnicodeEncodeError as error:
-            raise HalfCharacterError(name, _first_broken(columns[name])) from error
+    for name, field_type in zip(features, features.arrow_schema.types, strict=True):
+        is_json = isinstance(features[name], Json)
+        array = pa.array(columns[name], field_type.storage_type if is_json else field_type)
+        arrays.append(pa.ExtensionArray.from_storage(field_type, array) if is_json else array)
     return pa.Table.from_arrays(arrays, schema=features.arrow_schema)
-
-
-class HalfCharacterError(ValueError):
-    """A text with a lone surrogate, which no file in UTF-8 can hold."""
-
-    def __init__(self, column: str, row: int):
-        super().__init__(f"`{column}` holds half a character (such as \\ud83d alone)")
-        self.column, self.row = column, row
-
-
-def _first_broken(values: Sequence[Any]) -> int:
-    for i, value in enumerate(values):
-        try:
-            json.dumps(value, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError:
-            return i
-    raise AssertionError("no text is broken")

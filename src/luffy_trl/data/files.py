@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +26,7 @@ from .numbers import real_number, whole_number
 # The ends of names, in any case, of files that are read
 TYPED = (".parquet", ".arrow")
 READABLE = (".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".arrow")
+CELLS = (".csv", ".tsv")
 COMPRESSED: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # Those of files that people have data in, and that are not read
 UNREADABLE = (
@@ -74,6 +76,8 @@ def explained(path: Path) -> Iterator[None]:
 def typed_schema(path: Path) -> pa.Schema:
     """Of a parquet or Arrow file."""
     with explained(path), open(path, "rb") as file:
+        if path.stat().st_size == 0:
+            raise ValueError(f"it holds no rows: {path.name} has 0 bytes")
         if ending(path.name) == ".parquet":
             return pq.read_schema(file)
         return _arrow_reader(file).schema
@@ -117,21 +121,16 @@ def json_rows(path: Path) -> Iterator[dict[str, Any]]:
         if first is None:
             return
         number, line = first
-        if line.lstrip().startswith("["):
-            yield from _objects(_parse(line + "".join(text for _, text in lines), path, number), path)
+        if line.lstrip().startswith("[") or line.strip() == "{":
+            whole = line + "".join(text for _, text in lines)
+            is_suspect = _may_hold_half_characters(whole)
+            for i, row in enumerate(_objects(_parse(whole, path, number), path)):
+                yield _checked(row, is_suspect, f"row {i} of {path.name}")
             return
-        try:
-            row = _parse(line, path, number)
-        except ValueError:
-            if line.strip() != "{":
-                raise
-            # One object over several lines
-            yield from _objects(_parse(line + "".join(text for _, text in lines), path, number), path)
-            return
-        yield _as_row(row, path, number)
-        for number, line in lines:
+        for number, line in chain([first], lines):
             if line.strip():
-                yield _as_row(_parse(line, path, number), path, number)
+                row = _parse(line, path, number)
+                yield _checked(row, _may_hold_half_characters(line), f"line {number} of {path.name}")
 
 
 def _parse(text: str, path: Path, line: int) -> Any:
@@ -142,24 +141,33 @@ def _parse(text: str, path: Path, line: int) -> Any:
         raise ValueError(f"JSON parse error in {at}: {error.msg}, or the file is cut off there") from error
 
 
+def _checked(row: Any, is_suspect: bool, where: str) -> dict[str, Any]:
+    """A row that is an object, whose texts are texts."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is no JSON object, expected one with the columns as its keys")
+    for key, value in row.items() if is_suspect else ():
+        try:
+            json.dumps({key: value}, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: `{key}` holds half a character (such as \\ud83d alone), which is no text: mend or remove it"
+            ) from error
+    return row
+
+
+def _may_hold_half_characters(text: str) -> bool:
+    return "\\ud" in text or "\\uD" in text
+
+
 def _constant(text: str) -> float | None:
     """NaN is how tables write a number that is missing."""
     return None if text == "NaN" else float(text)
 
 
-def _as_row(value: Any, path: Path, line: int) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"line {line} of {path.name} is no JSON object, expected one with the columns as its keys")
-    return value
-
-
-def _objects(value: Any, path: Path) -> Iterator[dict[str, Any]]:
+def _objects(value: Any, path: Path) -> Iterator[Any]:
     """The rows of a whole file's JSON."""
     if isinstance(value, list):
-        for i, row in enumerate(value):
-            if not isinstance(row, dict):
-                raise ValueError(f"item {i} of the list in {path.name} is no JSON object, expected one for each row")
-            yield row
+        yield from value
         return
     columns = {key: list(v.values()) if isinstance(v, dict) else v for key, v in value.items()}
     lengths = {len(column) if isinstance(column, list) else None for column in columns.values()}

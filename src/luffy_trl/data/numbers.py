@@ -2,7 +2,7 @@
 
 import math
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeGuard
 
 
 # Zeros that are written out; with more it is 1e400, and no text of a gigabyte
@@ -15,19 +15,22 @@ def exact_text(number: int | float | Decimal) -> str:
 
     An infinity, or what is not a number, is `inf` or `nan`.
     """
-    if isinstance(number, int) or not math.isfinite(number):
+    if isinstance(number, int) or not is_finite(number):
         return str(number)
     value = number if isinstance(number, Decimal) else Decimal(repr(number))
     if value == 0:
         return "0"
     if abs(value.adjusted()) > WRITTEN_OUT + len(value.as_tuple().digits):
         return str(value).replace("E+", "e").replace("E", "e")
-    if value == value.to_integral_value():
-        value = value.to_integral_value()
-    return format(value, "f")
+    text = format(value, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def is_number(value: Any) -> bool:
+def is_finite(number: int | float | Decimal) -> bool:
+    return number.is_finite() if isinstance(number, Decimal) else math.isfinite(number)
+
+
+def is_number(value: Any) -> TypeGuard[int | float | Decimal]:
     return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 

@@ -4,7 +4,6 @@ A stream is looked at as it is read, its beginning before a model is loaded.
 """
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -14,7 +13,7 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Json, Value
 
 from ..demonstrations.encoding import brief, column_names
-from .numbers import exact_text, is_number
+from .numbers import exact_text, is_finite, is_number
 
 
 ROWS_AT_ONCE, STREAMED_AT_ONCE = 1000, 100
@@ -45,10 +44,17 @@ def checked_rows(dataset: Dataset | IterableDataset, where: str) -> Dataset | It
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"{where} holds no rows.")
-    features = None if dataset.features is None else Features(dataset.features)
+    features, dtype = dataset.features, None
     if features is not None and _may_hold_numbers(features.get("solution")):
-        features["solution"] = Value("string")
-    check = StreamCheck(where, isinstance(first["prompt"], list), "solution" in columns)
+        dtype = _dtype(features["solution"])
+        features = Features(features | {"solution": Value("string")})
+    check = StreamCheck(
+        where,
+        conversational=isinstance(first["prompt"], list),
+        has_solution="solution" in columns,
+        dtype=dtype,
+        scalars_only=not isinstance(first.get("solution"), list | dict | bool),
+    )
     checked = dataset.map(check, batched=True, batch_size=STREAMED_AT_ONCE, with_indices=True, features=features)
     next(iter(checked))
     return checked
@@ -79,6 +85,8 @@ class StreamCheck:
     where: str
     conversational: bool
     has_solution: bool
+    dtype: str | None
+    scalars_only: bool
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         for row, prompt in zip(indices, batch["prompt"], strict=True):
@@ -86,7 +94,10 @@ class StreamCheck:
         if not self.has_solution:
             return {}
         answers = zip(indices, batch["solution"], strict=True)
-        return {"solution": [_text_answer(v, None, f"{self.where}, row {row}: `solution`") for row, v in answers]}
+        return {"solution": [self._text_answer(value, row) for row, value in answers]}
+
+    def _text_answer(self, value: Any, row: int) -> Any:
+        return _text_answer(value, self.dtype, f"{self.where}, row {row}: `solution`", self.scalars_only)
 
 
 # Prompts
@@ -145,20 +156,20 @@ def with_text_answers(dataset: Dataset, column: str, where: str, missing_if_bad:
     """Numbers of a column, which no verifier reads, as exact text; nothing is done to a column without any.
 
     Args:
-        missing_if_bad: None in place of an error.
+        missing_if_bad: None in place of an error, in a column of numbers; columns of several kinds stay as they are.
 
     Raises:
         ValueError: naming the row, for an infinity, and for lists and objects among numbers and texts.
     """
     feature = dataset.features.get(column)
-    if not _may_hold_numbers(feature):
+    if not _may_hold_numbers(feature) or (missing_if_bad and isinstance(feature, Json)):
         return dataset
-    dtype = feature.dtype if isinstance(feature, Value) else None
+    dtype = _dtype(feature)
     texts: list[str | None] = []
     for values in _column_batches(dataset, column):
         for value in values:
             try:
-                texts.append(_text_answer(value, dtype, f"{where}, row {len(texts)}: `{column}`", scalars_only=True))
+                texts.append(_text_answer(value, dtype, f"{where}, row {len(texts)}: `{column}`", True))
             except ValueError:
                 if not missing_if_bad:
                     raise
@@ -173,11 +184,15 @@ def _may_hold_numbers(feature: Any) -> bool:
     return isinstance(feature, Json) or (isinstance(feature, Value) and feature.dtype.startswith(NUMBERS))
 
 
-def _text_answer(value: Any, dtype: str | None, where: str, scalars_only: bool = False) -> Any:
+def _dtype(feature: Any) -> str | None:
+    return feature.dtype if isinstance(feature, Value) else None
+
+
+def _text_answer(value: Any, dtype: str | None, where: str, scalars_only: bool) -> Any:
     if is_number(value):
-        if math.isnan(value):
+        if value != value:
             return None
-        if math.isinf(value):
+        if not is_finite(value):
             raise ValueError(f"{where} is {value}, expected a number or a text.")
         return exact_text(Decimal(str(SHORT_FLOATS[dtype](value))) if dtype in SHORT_FLOATS else value)
     if scalars_only and not isinstance(value, str | None):

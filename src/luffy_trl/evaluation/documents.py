@@ -117,8 +117,8 @@ def read_local(paths: Sequence[str]) -> tuple[dict[str, Dataset], dict[str, int]
     are sampled, not read.
 
     Args:
-        paths: .parquet, .json, .jsonl or .arrow files with the columns `data_source`, `prompt` (a list of messages, one of
-            them the user's) and `reward_model` (with a `ground_truth`).
+        paths: .parquet, .json, .jsonl or .arrow files with the columns `data_source`, `prompt` (a list of messages,
+            one of them the user's) and `reward_model` (with a `ground_truth`).
 
     Returns:
         Documents by data source, and how many repeated rows were left out, by data source.
