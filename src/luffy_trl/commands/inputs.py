@@ -105,7 +105,8 @@ def check_dataset_arguments(script_args: LuffyScriptArguments, model_args: Model
         raise ValueError(
             f"--dataset_name is missing: what should {model_name} be trained on? ('letter_walk' is the embedded task.)"
         )
-    check_file(dataset_name or EMBEDDED_TASK, f"--dataset_name {dataset_name}")
+    if dataset_name not in (None, EMBEDDED_TASK):
+        check_file(dataset_name, f"--dataset_name {dataset_name}")
 
 
 def check_output_dir(output_dir: str) -> None:

@@ -7,7 +7,7 @@ from datasets import Split
 from datasets.data_files import DEFAULT_SPLITS, SPLIT_KEYWORDS
 from huggingface_hub import DatasetCard
 
-from .files import TYPED, UNREADABLE, ending
+from .files import TYPED, UNREADABLE, ending, expected_endings
 from .writing import DROPPED_FILE
 
 
@@ -18,7 +18,8 @@ ABOUT = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.
 def has_rules_of_its_own(directory: Path) -> bool:
     """Whether `datasets` knows better: a README that names the files, or a folder of images or sounds."""
     readme = directory / "README.md"
-    if readme.is_file() and DatasetCard.load(readme, ignore_metadata_errors=True).data.get("configs"):
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    if text.startswith("---") and DatasetCard(text, ignore_metadata_errors=True).data.get("configs"):
         return True
     return any(path.stem == "metadata" and ending(path.name) for path in _files(directory))
 
@@ -44,8 +45,13 @@ def split_files(directory: Path, where: str) -> dict[str, list[Path]]:
             f"{where} holds files of several formats ({names}), which are not read together: give one of the files, "
             "or a directory with those of one format."
         )
-    if not files or ending(files[0].name) is None:
-        return {}
+    if not files or files[0].suffix.lower() in (".tar", ".tgz"):
+        return {}  # pictures or sounds, perhaps, which `datasets` reads itself
+    if ending(files[0].name) is None:
+        raise ValueError(
+            f"{where} holds {files[0].relative_to(directory)}, which is not read: expected files that end in "
+            f"{expected_endings()}."
+        )
     splits: dict[str | None, list[Path]] = {}
     for path in files:
         splits.setdefault(_split(path.relative_to(directory)), []).append(path)
@@ -56,7 +62,8 @@ def split_files(directory: Path, where: str) -> dict[str, list[Path]]:
             f"{where} holds {known.relative_to(directory)}, whose name says its split, and "
             f"{unnamed[0].relative_to(directory)}, whose name says none: rename it, or move it away."
         )
-    return {str(Split.TRAIN): unnamed} if unnamed else {str(split): paths for split, paths in splits.items()}
+    order = map(str, DEFAULT_SPLITS)
+    return {str(Split.TRAIN): unnamed} if unnamed else {split: splits[split] for split in order if split in splits}
 
 
 def _files(directory: Path) -> list[Path]:

@@ -183,7 +183,7 @@ def _prompt(value: Any, column: str) -> str | list[Message]:
 
 
 def _message(value: Any, where: str) -> Message:
-    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str) or not value["role"]:
         raise UnusableRowError(BAD_PROMPT, f"{where} is {brief(value)}, expected a message with role and content")
     content = value.get("content")
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):

@@ -54,8 +54,8 @@ def _is_own(path: Path) -> bool:
 
 
 # A run writes into `.NAME.unfinished-*/result` beside its output `NAME`; at the end `NAME` moves to `replaced` beside
-# `result`, and `result` takes its name. Between any two of these steps everything is on disk, and `finish_killed` of the
-# next run can tell how far a run that was killed has come.
+# `result`, and `result` takes its name. Between any two of these steps everything is on disk, and `finish_killed` of
+# the next run can tell how far a run that was killed has come.
 RESULT, REPLACED, COMPLETE, LOCK = "result", "replaced", "complete", "lock"
 
 
@@ -77,9 +77,11 @@ def all_or_nothing(directory: Path) -> Iterator[Path]:
         try:
             if directory.exists():
                 directory.rename(work / REPLACED)
-        finally:  # Ctrl-C between the two moves would lose both
-            if not directory.exists():
-                (work / RESULT).rename(directory)
+            result.rename(directory)
+        except BaseException:  # Ctrl-C between the two moves; whatever else it is, both stay on disk
+            if result.exists() and not directory.exists():
+                result.rename(directory)
+            raise
         shutil.rmtree(work)
 
 
@@ -96,7 +98,7 @@ def finish_killed(directory: Path) -> list[str]:
         try:
             with FileLock(work / LOCK, timeout=0):
                 complete = (work / RESULT).is_dir() and ((work / COMPLETE).is_file() or (work / REPLACED).is_dir())
-                if complete and directory.exists() and any(directory.iterdir()):
+                if complete and directory.exists() and not _is_empty(directory):
                     sentences.append(
                         f"A run that was killed at its end left a complete dataset in {work / RESULT}: move it where "
                         f"you want it, or delete {work}."
@@ -109,6 +111,10 @@ def finish_killed(directory: Path) -> list[str]:
         except Timeout:  # it still runs
             continue
     return sentences
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _prefix(directory: Path) -> str:
