@@ -71,7 +71,7 @@ def all_or_nothing(directory: Path) -> Iterator[Path]:
             result.mkdir()
             yield result
         except BaseException:
-            shutil.rmtree(work)
+            _remove(work)
             raise
         (work / COMPLETE).touch()
         try:
@@ -82,7 +82,7 @@ def all_or_nothing(directory: Path) -> Iterator[Path]:
             if result.exists() and not directory.exists():
                 result.rename(directory)
             raise
-        shutil.rmtree(work)
+        _remove(work)
 
 
 def finish_killed(directory: Path) -> list[str]:
@@ -107,10 +107,20 @@ def finish_killed(directory: Path) -> list[str]:
                 if complete:
                     (work / RESULT).rename(directory)
                     sentences.append(f"{directory} holds the complete dataset of a run that was killed at its end.")
-                shutil.rmtree(work)
+                _remove(work)
         except Timeout:  # it still runs
             continue
     return sentences
+
+
+def _remove(work: Path) -> None:
+    """The lock last: what is left of it after a kill is known to be left."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+    shutil.rmtree(work)
 
 
 def _is_empty(path: Path) -> bool:
