@@ -323,7 +323,7 @@ def test_sft_takes_every_demonstration_once():
     assert to_prompt_completion(rows).to_list() == [{"prompt": "a", "completion": "1"}]
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}], "completion": "1"}])
     assert to_prompt_completion(rows)[0]["completion"] == message
-    with pytest.raises(ValueError, match="A demonstration is empty"):
+    with pytest.raises(ValueError, match="Row 0: `completion` is empty"):
         to_prompt_completion(Dataset.from_dict({"prompt": ["a"], "completion": [" "]}))
 
 

@@ -15,8 +15,9 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_co
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
 from ..config import LuffyConfig
-from ..data.contract import to_contract, with_text_solutions
+from ..data.contract import to_contract
 from ..data.loading import check_file, choose_split, load_splits
+from ..data.rows import checked_rows
 from ..rewards import choice_reward, format_reward, math_reward, math_reward_optional_thought
 from ..runs.checkpoints import NONE, checkpoints
 from ..runs.imports import named_function
@@ -50,9 +51,10 @@ class LuffyScriptArguments(ScriptArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, a local .parquet, .json, .jsonl or .csv file, a directory (from prepare-data or "
-            "save_to_disk), or 'letter_walk', the embedded task. The columns of Elliott/Openr1-Math-46k-8192 and "
-            "open-r1/OpenR1-Math-220k are recognised. Default: the embedded task, if no model is given either."
+            "help": "Hub id, a local .parquet, .arrow, .json, .jsonl, .csv or .tsv file, a directory (of such files, "
+            "or from prepare-data or save_to_disk), or 'letter_walk', the embedded task. The columns of "
+            "Elliott/Openr1-Math-46k-8192 and open-r1/OpenR1-Math-220k are recognised. Default: the embedded task, if "
+            "no model is given either."
         },
     )
     reward_funcs: list[str] | None = field(
@@ -103,7 +105,8 @@ def check_dataset_arguments(script_args: LuffyScriptArguments, model_args: Model
         raise ValueError(
             f"--dataset_name is missing: what should {model_name} be trained on? ('letter_walk' is the embedded task.)"
         )
-    check_file(dataset_name or EMBEDDED_TASK, f"--dataset_name {dataset_name}")
+    if dataset_name not in (None, EMBEDDED_TASK):
+        check_file(dataset_name, f"--dataset_name {dataset_name}")
 
 
 def check_output_dir(output_dir: str) -> None:
@@ -222,7 +225,7 @@ def load_dataset_splits(name: str, script_args: ScriptArguments, seed: int) -> M
 
 
 def load_split(splits: Mapping[str, Dataset | IterableDataset], split: str, name: str) -> Dataset | IterableDataset:
-    """One split, in the columns of the data contract."""
+    """One split, in the columns of the data contract, its prompts and gold answers checked."""
     where = f"--dataset_name {name}"
     dataset = choose_split(splits, split, where, "--dataset_train_split and --dataset_test_split")
-    return with_text_solutions(to_contract(dataset, where))
+    return checked_rows(to_contract(dataset, where), f"{where}, split {split!r}" if len(splits) > 1 else where)

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..data.filters import NGRAM_SIZE
 from ..data.prepare import prepare
 from ..data.publishing import push
-from ..data.writing import check_output
+from ..data.writing import check_output, finish_killed
 from ..rewards.completions import THOUGHT_MODES
 
 
@@ -59,7 +59,11 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="Hub id, .parquet, .jsonl, .json or .csv file, or a directory of such files")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="Hub id, .parquet, .jsonl, .json, .csv, .tsv or .arrow file, or a directory of such files",
+    )
     add("--config", help="configuration of a Hub dataset that has several")
     add("--split", default="train", help="default: train")
     add("--streaming", action="store_true", help="read as it is needed, without a download of everything first")
@@ -117,6 +121,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--tokenizer is missing: which model will be trained? (--no-length leaves out the limit.)")
     if args.ngram_size < 0:
         raise ValueError(f"--ngram-size {args.ngram_size} must be 0 or more.")
+    for sentence in finish_killed(args.output_dir):
+        print(sentence, flush=True)
     check_output(args.output_dir, args.overwrite)
     if args.public and not args.push_to_hub:
         raise ValueError("--public is about the repository of --push-to-hub, which is missing.")

@@ -48,23 +48,27 @@ def check_sft_arguments(script_args: LuffyScriptArguments, model_args: ModelConf
 def to_prompt_completion(dataset: Dataset) -> Dataset:
     """One row for each demonstration, in the two columns that SFTTrainer reads. Prompts without one are left out."""
 
-    def explode(batch: dict[str, list]) -> dict[str, list]:
-        values = batch.get("demonstrations") or [[completion] for completion in batch["completion"]]
-        pairs = [
-            (prompt, completion)
-            for prompt, completions in zip(batch["prompt"], values, strict=True)
+    def explode(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
+        name = "demonstrations" if "demonstrations" in batch else "completion"
+        values = batch[name] if name == "demonstrations" else [[completion] for completion in batch[name]]
+        found = [
+            (row, prompt, completion)
+            for row, prompt, completions in zip(rows, batch["prompt"], values, strict=True)
             for completion in completions or []
             if completion is not None
         ]
+        pairs = [(prompt, completion) for _, prompt, completion in found]
         # One form for both, which is all that SFTTrainer takes. Says what is wrong with a demonstration that is none
-        texts = [demonstration_text(completion, "A demonstration") for _, completion in pairs]
+        texts = [demonstration_text(completion, f"Row {row}: `{name}`") for row, _, completion in found]
         completions = [
             completion if isinstance(prompt, list) is isinstance(completion, list) else as_in(prompt, text)
             for (prompt, completion), text in zip(pairs, texts, strict=True)
         ]
         return {"prompt": [prompt for prompt, _ in pairs], "completion": completions}
 
-    return dataset.map(explode, batched=True, remove_columns=dataset.column_names, desc="One row a demonstration")
+    return dataset.map(
+        explode, batched=True, with_indices=True, remove_columns=dataset.column_names, desc="One row a demonstration"
+    )
 
 
 def as_in(prompt: str | list, text: str) -> str | list:

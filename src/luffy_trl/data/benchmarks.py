@@ -47,7 +47,8 @@ def load_benchmarks(names: Sequence[str], ngram_size: int) -> BenchmarkIndex:
 
 def _problem(value: Any) -> str | None:
     if isinstance(value, list):
-        texts = [message.get("content") for message in value if message.get("role") == "user"]
+        messages = [message for message in value if isinstance(message, dict)]
+        texts = [message.get("content") for message in messages if message.get("role") == "user"]
         value = "\n".join(text for text in texts if isinstance(text, str))
     return value.strip() if isinstance(value, str) else None
 

@@ -109,11 +109,3 @@ def _is_usable(row: dict[str, Any]) -> bool:
     if row["unusable"] is not None:
         logger.warning(f"Left out {row['unusable']}", main_process_only=False)
     return row["unusable"] is None
-
-
-def with_text_solutions(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Numbers in `solution`, which a table of numbers has and no verifier reads, as text."""
-    kind = (dataset.features or {}).get("solution")
-    if isinstance(kind, Value) and kind.dtype.startswith(("int", "uint", "float")):
-        return dataset.cast_column("solution", Value("string"))
-    return dataset

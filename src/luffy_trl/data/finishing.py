@@ -43,6 +43,9 @@ REASONS = (
 )
 
 
+MALFORMED = (BAD_PROMPT, NO_GOLD, BAD_DEMONSTRATION)
+
+
 @dataclass
 class Tally:
     """How many rows and demonstrations were read, kept, and dropped for which reason."""
@@ -51,9 +54,12 @@ class Tally:
     kept: Counter = field(default_factory=Counter)
     rows: Counter = field(default_factory=Counter)
     demonstrations: Counter = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)  # reason -> the first row dropped for it, and what was found
 
     def add(self, row: dict[str, Any]) -> None:
         candidates, reason = row["candidates"], row["reason"]
+        if reason is not None:
+            self.first.setdefault(reason, f"row {row['row']}" + (f": {row['detail']}" if row["detail"] else ""))
         self.read.update(rows=1, demonstrations=len(candidates))
         self.demonstrations.update(c["lost"] or reason for c in candidates if c["lost"] or reason)
         if reason is None:
@@ -73,6 +79,10 @@ class Tally:
             else:
                 lines.append([reason, f"{self.rows[reason]:,}", f"{self.demonstrations[reason]:,}"])
         return [*lines, ["kept", f"{self.kept['rows']:,}", f"{self.kept['demonstrations']:,}"]]
+
+    def malformed(self) -> list[str]:
+        """A sentence on the first row of each kind that should not be there at all."""
+        return [f"{reason}, the first in {self.first[reason]}." for reason in MALFORMED if reason in self.first]
 
 
 @dataclass

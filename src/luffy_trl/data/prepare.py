@@ -27,7 +27,8 @@ from .contract import contract_features
 from .finishing import CONTAMINATED, DUPLICATE, GOLD_UNREADABLE, TOO_LONG, UNVERIFIED, Finisher, Tally
 from .loading import batches, choose_split, first_rows, load_splits
 from .publishing import dataset_card, look_up
-from .schemas import Schema, own_columns, recognise
+from .rows import with_text_answers
+from .schemas import BAD_PROMPT, Schema, UnusableRowError, own_columns, recognise
 from .screening import Screener, screened_features
 from .writing import DROPPED_FILE, ParquetShards, all_or_nothing
 
@@ -49,6 +50,9 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """
     dataset, head = _read(args)
     schema = _schema(args, list(head[0]), head)
+    _check_head(args, schema, head)
+    if isinstance(dataset, Dataset):
+        dataset = with_text_answers(dataset, schema.gold_column, args.source, missing_if_bad=True)
     conversational = _is_conversational(args, schema, head)
     features = contract_features(conversational, several=schema.several and args.max_demonstrations != 1)
     print(f"{args.source}: {schema.name} -> {', '.join(features)}", flush=True)
@@ -68,6 +72,8 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> None:
         card.save(result / "README.md")
 
     print(f"\n{text_table(['', 'rows', 'demonstrations'], table)}\n")
+    for sentence in tally.malformed():
+        print(sentence[0].upper() + sentence[1:])
     if tally.kept["rows"] == 0:
         print(f"Nothing was kept: the reasons are above, and those of each row in {DROPPED_FILE}.")
     print(f"Dataset, card and {DROPPED_FILE}: {args.output_dir}", flush=True)
@@ -104,6 +110,23 @@ def _schema(args: argparse.Namespace, columns: list[str], head: list[dict]) -> S
     if args.trust_source and not schema.has_verdicts:
         raise ValueError(f"--trust-source: {args.source} has no verdicts of its own on its demonstrations.")
     return schema
+
+
+def _check_head(args: argparse.Namespace, schema: Schema, head: list[dict]) -> None:
+    """Raises ValueError if no prompt at the beginning can be used: then it is the column, not a row."""
+    first = None
+    for row in head:
+        try:
+            schema.convert(row)
+            return
+        except UnusableRowError as error:
+            if error.reason != BAD_PROMPT:
+                return
+            first = first or error
+    raise ValueError(
+        f"{args.source}, row 0: {first}; none of its first {len(head)} rows has a prompt that can be used. Mend them, "
+        "or name the columns with --prompt-column, --demonstration-column and --solution-column."
+    )
 
 
 def _is_list_of_several(value: Any) -> bool:

@@ -10,12 +10,12 @@ Two published schemas are recognised by their columns:
 Everything here is a pure function of one row. What cannot be used is said, never guessed.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..demonstrations.encoding import brief, demonstration_text
+from .numbers import exact_text, is_finite, is_number
 
 
 # What rows and demonstrations are dropped for, in the order in which it is looked at
@@ -64,6 +64,7 @@ class Schema:
     Args:
         name: for messages.
         columns: what it is recognised by.
+        gold_column: the one with the gold answer, or an object that holds it.
         convert: row -> Example; raises UnusableRowError.
         conversational: whether prompts are messages. None: as the dataset's first prompts are.
         several: whether a row may have several demonstrations.
@@ -72,6 +73,7 @@ class Schema:
 
     name: str
     columns: tuple[str, ...]
+    gold_column: str
     convert: Callable[[dict[str, Any]], Example]
     conversational: bool | None = True
     several: bool = False
@@ -86,7 +88,8 @@ def recognise(columns: Iterable[str]) -> Schema | None:
 def own_columns(prompt: str, demonstration: str, solution: str, several: bool) -> Schema:
     """The schema of a dataset with one column each for prompt, demonstration (or several) and gold answer."""
     convert = OwnColumns(prompt, demonstration, solution, several)
-    return Schema("your columns", (prompt, demonstration, solution), convert, conversational=None, several=several)
+    columns = (prompt, demonstration, solution)
+    return Schema("your columns", columns, solution, convert, conversational=None, several=several)
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,15 @@ def openr1_row(row: dict[str, Any]) -> Example:
 
 
 PUBLISHED = (
-    Schema("Openr1-Math-46k-8192", ("prompt", "target", "reward_model"), luffy_row),
-    Schema("OpenR1-Math-220k", ("problem", "answer", "generations"), openr1_row, several=True, has_verdicts=True),
+    Schema("Openr1-Math-46k-8192", ("prompt", "target", "reward_model"), "reward_model", luffy_row),
+    Schema(
+        "OpenR1-Math-220k",
+        ("problem", "answer", "generations"),
+        "answer",
+        openr1_row,
+        several=True,
+        has_verdicts=True,
+    ),
 )
 
 
@@ -173,7 +183,7 @@ def _prompt(value: Any, column: str) -> str | list[Message]:
 
 
 def _message(value: Any, where: str) -> Message:
-    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str) or not value["role"]:
         raise UnusableRowError(BAD_PROMPT, f"{where} is {brief(value)}, expected a message with role and content")
     content = value.get("content")
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
@@ -184,8 +194,7 @@ def _message(value: Any, where: str) -> Message:
 
 
 def _gold(value: Any, column: str) -> str:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    text = str(value) if is_number else value
+    text = exact_text(value) if is_number(value) and is_finite(value) else value
     if not isinstance(text, str) or not text.strip():
         raise UnusableRowError(NO_GOLD, f"`{column}` is {brief(value)}, expected an answer")
     return text

@@ -1,5 +1,6 @@
 """A prepared dataset on disk: parquet, a card, a list of what was dropped; all of it at once, or nothing."""
 
+import glob
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
+from filelock import FileLock, Timeout
 
 
 DROPPED_FILE = "dropped.jsonl"
@@ -51,21 +53,82 @@ def _is_own(path: Path) -> bool:
     return OWN_FILES.fullmatch(path.as_posix()) is not None
 
 
+# A run writes into `.NAME.unfinished-*/result` beside its output `NAME`; at the end `NAME` moves to `replaced` beside
+# `result`, and `result` takes its name. Between any two of these steps everything is on disk, and `finish_killed` of
+# the next run can tell how far a run that was killed has come.
+RESULT, REPLACED, COMPLETE, LOCK = "result", "replaced", "complete", "lock"
+
+
 @contextmanager
 def all_or_nothing(directory: Path) -> Iterator[Path]:
     """A directory beside `directory` to write into, which takes its name in the end; after an error it is removed."""
     directory = directory.resolve()  # a link stays, and what it leads to is replaced
     directory.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.unfinished-", dir=directory.parent))
-    try:
-        result = work / "result"
-        result.mkdir()
-        yield result
-        if directory.exists():
-            directory.rename(work / "replaced")
-        result.rename(directory)
-    finally:
-        shutil.rmtree(work)
+    work = Path(tempfile.mkdtemp(prefix=_prefix(directory), dir=directory.parent))
+    with FileLock(work / LOCK):
+        try:
+            result = work / RESULT
+            result.mkdir()
+            yield result
+        except BaseException:
+            _remove(work)
+            raise
+        (work / COMPLETE).touch()
+        try:
+            if directory.exists():
+                directory.rename(work / REPLACED)
+            result.rename(directory)
+        except BaseException:  # Ctrl-C between the two moves; whatever else it is, both stay on disk
+            if result.exists() and not directory.exists():
+                result.rename(directory)
+            raise
+        _remove(work)
+
+
+def finish_killed(directory: Path) -> list[str]:
+    """Put right what killed runs with this output left behind; returns a sentence on each dataset that was found.
+
+    A dataset that was complete takes its name, if nothing has it by now. One that was not is removed.
+    """
+    directory = directory.resolve()
+    sentences = []
+    for work in sorted(directory.parent.glob(glob.escape(_prefix(directory)) + "*")):
+        if not (work / LOCK).is_file() and not (work / REPLACED).is_dir():
+            continue  # a run that has just started
+        try:
+            with FileLock(work / LOCK, timeout=0):
+                complete = (work / RESULT).is_dir() and ((work / COMPLETE).is_file() or (work / REPLACED).is_dir())
+                if complete and directory.exists() and not _is_empty(directory):
+                    sentences.append(
+                        f"A run that was killed at its end left a complete dataset in {work / RESULT}: move it where "
+                        f"you want it, or delete {work}."
+                    )
+                    continue
+                if complete:
+                    (work / RESULT).rename(directory)
+                    sentences.append(f"{directory} holds the complete dataset of a run that was killed at its end.")
+                _remove(work)
+        except Timeout:  # it still runs
+            continue
+    return sentences
+
+
+def _remove(work: Path) -> None:
+    """The lock last: what is left of it after a kill is known to be left."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+    shutil.rmtree(work)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _prefix(directory: Path) -> str:
+    return f".{directory.name}.unfinished-"
 
 
 class ParquetShards:

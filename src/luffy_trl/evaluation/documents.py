@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 from datasets import Dataset
 
-from ..data.loading import reading
+from ..data.loading import check_file, load_splits
+from ..data.numbers import exact_text, is_number
 from . import EvaluationError
 
 
@@ -23,7 +23,6 @@ from . import EvaluationError
 # every process and Python version
 OPTIONS_SEED = "luffy_trl 0"
 
-LOCAL_LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 LOCAL_COLUMNS = ("data_source", "prompt", "reward_model")
 
 
@@ -118,8 +117,8 @@ def read_local(paths: Sequence[str]) -> tuple[dict[str, Dataset], dict[str, int]
     are sampled, not read.
 
     Args:
-        paths: .parquet, .json or .jsonl files with the columns `data_source`, `prompt` (a list of messages, one of
-            them the user's) and `reward_model` (with a `ground_truth`).
+        paths: .parquet, .json, .jsonl or .arrow files with the columns `data_source`, `prompt` (a list of messages,
+            one of them the user's) and `reward_model` (with a `ground_truth`).
 
     Returns:
         Documents by data source, and how many repeated rows were left out, by data source.
@@ -142,13 +141,12 @@ def read_local(paths: Sequence[str]) -> tuple[dict[str, Dataset], dict[str, int]
 
 
 def _read_file(path: str) -> Dataset:
-    if Path(path).suffix not in LOCAL_LOADERS:
-        raise EvaluationError(f"--data_files {path}: expected a file that ends in {', '.join(LOCAL_LOADERS)}.")
+    where = f"--data_files {path}"
     if not Path(path).is_file():
-        raise EvaluationError(f"--data_files {path}: there is no such file.")
+        raise EvaluationError(f"{where}: there is no such file.")
     try:
-        with reading(f"--data_files {path}"):
-            dataset = datasets.load_dataset(LOCAL_LOADERS[Path(path).suffix], data_files=path, split="train")
+        check_file(path, where)
+        dataset = load_splits(path, where)["train"]
     except ValueError as error:
         raise EvaluationError(str(error)) from error
     for column in LOCAL_COLUMNS:
@@ -181,6 +179,8 @@ def _local_row(row: dict[str, Any], where: str) -> tuple[str, str, str, str]:
             "`ground_truth`."
         )
     answer = reward_model.get("ground_truth")
+    if is_number(answer):
+        answer = exact_text(answer)
     if not isinstance(answer, str) or not answer.strip():
         raise EvaluationError(
             f"{where}: `reward_model.ground_truth` is {answer!r}, expected the right answer as text."
