@@ -18,7 +18,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from safetensors import safe_open
 
 from ..reporting.logs import COMPLETIONS
-from ..runs.checkpoints import MANIFEST
+from ..runs.manifest import MANIFEST
 from ..runs.redaction import holds_secret, known_secrets
 from .card import CARD, CURVES, card_for_hub, completions_card
 from .errors import PushError, SourceGoneError, with_retries
