@@ -134,9 +134,8 @@ def _run_sft(script_args: LuffyScriptArguments, training_args: LuffySFTConfig, m
     with after_training():
         trainer.save_model(training_args.output_dir)
         trainer.save_state()  # for `luffy-trl report`; the last, so that it tells a finished run
-        trainer.accelerator.print(
-            f"Saved the model {what_is_saved(trainer)} and its tokenizer to {training_args.output_dir}"
-        )
+        saved = what_is_saved(trainer)
+        trainer.accelerator.print(f"Saved the model and its tokenizer to {training_args.output_dir} ({saved})")
     return trainer
 
 

@@ -69,7 +69,7 @@ def end_summary(trainer: LuffyTrainer) -> str:
     evaluated = [line["eval_reward"] for line in history if "eval_reward" in line]
     if evaluated:
         lines.append(f"Reward in evaluation: {evaluated[0]:.3f} at first, {evaluated[-1]:.3f} at last")
-    lines.append(f"Saved the model {what_is_saved(trainer)}, its tokenizer and its card to {directory}")
+    lines.append(f"Saved the model, its tokenizer and its card to {directory} ({what_is_saved(trainer)})")
     shown = "Curves and completions" if trainer.args.log_completions else "Curves"
     lines.append(f"{shown}: luffy-trl report {shlex.quote(str(directory))}")
     return "\n".join(lines)
@@ -79,13 +79,13 @@ def what_is_saved(trainer: Trainer) -> str:
     """Which checkpoint's model the output directory holds at the end of a run."""
     state, args = trainer.state, trainer.args
     if not args.load_best_model_at_end or state.best_model_checkpoint is None:
-        return f"of step {state.global_step}, the last"
+        return f"the last, of step {state.global_step}"
     name = Path(state.best_model_checkpoint).name
     metric = args.metric_for_best_model
     metric = metric if metric.startswith("eval_") else f"eval_{metric}"
     step = name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
     values = [line[metric] for line in state.log_history if metric in line and str(line["step"]) == step]
-    return f"of {name}, the best{f' ({metric} {values[-1]:.3f})' if values else ''}"
+    return f"the best, of {name}{f', {metric} {values[-1]:.3f}' if values else ''}"
 
 
 def finish(trainer: LuffyTrainer) -> None:

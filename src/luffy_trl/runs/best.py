@@ -98,7 +98,7 @@ def check_metric(name: str, known: Sequence[str], usual: str, is_complete: bool 
         ValueError: if no evaluation logs the metric.
     """
     full = name if name.startswith("eval_") else f"eval_{name}"
-    near = difflib.get_close_matches(full, known, n=1, cutoff=0.75)
+    near = [f"{full}/mean"] if f"{full}/mean" in known else difflib.get_close_matches(full, known, n=1, cutoff=0.75)
     if full not in known and (near or is_complete):
         hint = f"did you mean {near[0]}?" if near else f"the usual one is {usual}."
         raise ValueError(f"metric_for_best_model={name!r} is logged by no evaluation of this run: {hint}")

@@ -17,8 +17,9 @@ from .manifest import read_manifest, run_of
 # The underscore keeps it out of pushes
 EARLIER = "_earlier-"
 # What a run logs, and what is made of it: TRL's completions, an evaluation's results, the card with its picture
-LOGS = (TRAINER_STATE_NAME, "completions", "eval", "README.md", "curves.png")
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
+COMPLETIONS = "completions"
+LOGS = (TRAINER_STATE_NAME, COMPLETIONS, "eval", "README.md", "curves.png")
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Moved:
 
 
 def holds_a_run(output_dir: Path) -> bool:
-    completions = any((output_dir / "completions").glob("*.parquet"))
+    completions = any((output_dir / COMPLETIONS).glob("*.parquet"))
     return completions or (output_dir / TRAINER_STATE_NAME).is_file() or bool(checkpoints(output_dir))
 
 
@@ -106,6 +107,8 @@ def _is_same(path: Path, other: Path | None) -> bool:
 
 def _move(paths: list[Path], folder: Path) -> None:
     for path in paths:
-        if path.exists():
-            folder.mkdir(exist_ok=True)
+        if path.name == COMPLETIONS:  # TRL has made the folder for this run, and writes into it
+            _move(sorted(path.glob("*.parquet")), folder / COMPLETIONS)
+        elif path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
             path.rename(folder / path.name)

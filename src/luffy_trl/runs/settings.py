@@ -14,8 +14,8 @@ from .recipe import plain, without_directory
 from .redaction import known_secrets, redact_values
 
 
-# Fields that change nothing of what is learned (where things go, what is said, how evaluation and machines work), and one
-# that TRL derives from others
+# Fields that change nothing of what is learned (where things go, what is said, how evaluation and machines work), and
+# one that TRL derives from others
 OF_NO_EFFECT = (
     "auto_find_batch_size", "bf16_full_eval", "dataloader_num_workers", "dataloader_persistent_workers",
     "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_", "debug", "deepspeed", "disable_", "do_eval",

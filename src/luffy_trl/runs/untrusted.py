@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers.trainer_utils import safe_globals
+from transformers.trainer_pt_utils import safe_globals
 
 from .manifest import MANIFEST, CannotResumeError, read_manifest
 
