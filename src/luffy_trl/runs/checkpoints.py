@@ -143,8 +143,8 @@ def find_checkpoint(name: str | bool | None, output_dir: str | Path, without_man
         return str(_from_hub(str(name)))
     if checkpoints(path) or path.resolve() == Path(output_dir).resolve():
         raise CannotResumeError(
-            f"--resume_from_checkpoint {name} is an output directory and no checkpoint. Give one of its checkpoints, such "
-            "as OUTPUT_DIR/checkpoint-100, or 'auto', which takes the newest of --output_dir."
+            f"--resume_from_checkpoint {name} is an output directory and no checkpoint. Give one of its checkpoints, "
+            "such as OUTPUT_DIR/checkpoint-100, or 'auto', which takes the newest of --output_dir."
         )
     problem = damage(path)
     # One that another program saved has no manifest; the user chose it

@@ -17,9 +17,9 @@ from .manifest import read_manifest, run_of
 # The underscore keeps it out of pushes
 EARLIER = "_earlier-"
 # What a run logs, and what is made of it: TRL's completions, an evaluation's results, the card with its picture
-COMPLETIONS = "completions"
-LOGS = (TRAINER_STATE_NAME, COMPLETIONS, "eval", "README.md", "curves.png")
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*")
+COMPLETIONS_DIR = "completions"
+LOGS = (TRAINER_STATE_NAME, COMPLETIONS_DIR, "eval", "README.md", "curves.png")
+SAVED_MODEL = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Moved:
 
 
 def holds_a_run(output_dir: Path) -> bool:
-    completions = any((output_dir / COMPLETIONS).glob("*.parquet"))
+    completions = any((output_dir / COMPLETIONS_DIR).glob("*.parquet"))
     return completions or (output_dir / TRAINER_STATE_NAME).is_file() or bool(checkpoints(output_dir))
 
 
@@ -87,7 +87,7 @@ def of_run(output_dir: Path, identity: Identity | None) -> list[Path]:
 
 
 def has_model(output_dir: Path) -> bool:
-    return any(next(output_dir.glob(pattern), None) is not None for pattern in WEIGHTS)
+    return any(next(output_dir.glob(pattern), None) is not None for pattern in SAVED_MODEL)
 
 
 def _free_folder(output_dir: Path) -> Path:
@@ -107,8 +107,8 @@ def _is_same(path: Path, other: Path | None) -> bool:
 
 def _move(paths: list[Path], folder: Path) -> None:
     for path in paths:
-        if path.name == COMPLETIONS:  # TRL has made the folder for this run, and writes into it
-            _move(sorted(path.glob("*.parquet")), folder / COMPLETIONS)
+        if path.name == COMPLETIONS_DIR:  # TRL has made the folder for this run, and writes into it
+            _move(sorted(path.glob("*.parquet")), folder / COMPLETIONS_DIR)
         elif path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             path.rename(folder / path.name)

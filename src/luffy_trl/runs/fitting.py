@@ -21,7 +21,7 @@ def read_state(directory: Path) -> TrainerState:
     """Raises CannotResumeError for a state that is none."""
     try:
         state = TrainerState.load_from_json(str(directory / TRAINER_STATE_NAME))
-        numbers = (state.global_step, state.max_steps)
+        numbers = (state.global_step, state.max_steps, state.train_batch_size)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CannotResumeError(f"{directory / TRAINER_STATE_NAME} cannot be read: {error}") from error
     if not all(isinstance(number, int) for number in numbers) or not isinstance(state.log_history, list):
