@@ -11,6 +11,7 @@ from .demonstrations.sources import SOURCES, get_source_function, register_sourc
 from .hub.mixin import HubPushConfig
 from .objective import LOSS_TYPES
 from .padding.mixin import PaddingFreeConfig
+from .runs.best import choose_by_reward
 from .runs.recipe import given_fields
 from .runs.redaction import NoTokenInPickles
 from .shaping import get_shaping, register_shaping
@@ -191,6 +192,7 @@ class LuffyConfig(NoTokenInPickles, PaddingFreeConfig, HubPushConfig):
         self._check_names()
         self._check_ranges()
         self._check_combinations()
+        choose_by_reward(self)
         super().__post_init__()
         if self.device.type == "cpu":
             # Accelerate's name for it in a distributed run is "cpu:0", which torch.load does not know: no resuming

@@ -1,7 +1,7 @@
 """What a run is made of, from arguments: the dataset, the rewards, the model. Shared by `train` and `sft`."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -11,7 +11,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
 from ..config import LuffyConfig
@@ -19,12 +19,15 @@ from ..data.contract import to_contract
 from ..data.loading import check_file, choose_split, load_splits
 from ..data.rows import checked_rows
 from ..rewards import choice_reward, format_reward, math_reward, math_reward_optional_thought
-from ..runs.checkpoints import NONE, checkpoints
+from ..runs.checkpoints import NEWEST, NONE, checkpoints, find_checkpoint
+from ..runs.fitting import check_adapter, read_state
 from ..runs.imports import named_function
+from ..runs.lock import alone_in
+from ..runs.manifest import CannotResumeError
+from ..runs.mixin import WholeCheckpointMixin
 from ..runs.stopping import RunStopped, StopAtStep
 from ..tasks.letter_walk import letter_walk_reward, split_walks, to_dataset
 from ..tasks.letter_walk_base import load_or_pretrain
-from ..trainer import LuffyTrainer
 
 
 EMBEDDED_TASK = "letter_walk"
@@ -128,13 +131,40 @@ def base_model(name: str | None, output_dir: str, seed: int) -> str:
         return str(load_or_pretrain(Path(output_dir) / f"_base-seed{seed}", seed))
 
 
+@contextmanager
+def holding(output_dir: str) -> Iterator[None]:
+    """As [`alone_in`]; that another run is there is a UsageError."""
+    with ExitStack() as stack:
+        with before_training():
+            stack.enter_context(alone_in(output_dir))
+        yield
+
+
+def resume_point(training_args: LuffyConfig | SFTConfig, model_args: ModelConfig) -> str | None:
+    """What to resume from: "auto", a checkpoint's directory, downloaded if need be, or None. Before a model is loaded.
+
+    Raises:
+        CannotResumeError: a ValueError, if there is no such checkpoint, or it does not fit the arguments.
+    """
+    name = training_args.resume_from_checkpoint
+    if name in NEWEST:
+        return "auto"
+    found = find_checkpoint(name, training_args.output_dir)
+    if found is not None:
+        peft_config = get_peft_config(model_args)
+        check_adapter(Path(found), None if peft_config is None else peft_config.to_dict())
+    return found
+
+
 def warn_of_checkpoints(training_args: LuffyConfig | SFTConfig) -> None:
-    """Of another run in the same place: they would be mixed, on disk and in a report."""
+    """Of another run in the same place. The trainer moves it away when it begins."""
     directory, earlier = training_args.output_dir, checkpoints(training_args.output_dir)
     if earlier and training_args.resume_from_checkpoint in NONE:
+        names = ", ".join(path.name for path in earlier)
         PartialState().print(
             f"Warning: {directory} holds {earlier[0].name} of an earlier run. --resume_from_checkpoint auto goes on "
-            "from it; a new run belongs in another --output_dir."
+            f"from it; without it this is a new run, for which {names} and the logs beside make place, and which "
+            "belongs in another --output_dir."
         )
 
 
@@ -168,15 +198,43 @@ def model_options(model_args: ModelConfig, training_args: LuffyConfig | SFTConfi
     }
 
 
-def train_until_stopped(trainer: LuffyTrainer | SFTTrainer, checkpoint: str | None) -> None:
+def finished_before(trainer: WholeCheckpointMixin, checkpoint: str | None) -> bool:
+    """Whether the run that is in the output directory has come to its end, with the model saved. Says so.
+
+    The trainer gets its state and weights; nothing on disk changes.
+
+    Raises:
+        ValueError: for a state that cannot be read, or a metric that no evaluation logs.
+    """
+    trainer.check_before_training()
+    step = trainer.finished_at(checkpoint)
+    if step is None:
+        return False
+    directory = trainer.args.output_dir
+    trainer.state = read_state(Path(directory))
+    if not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
+        trainer._load_from_checkpoint(directory)
+    trainer.accelerator.print(
+        f"This run is finished: {step} of {step} optimizer steps are done, and its model is in {directory}. Nothing "
+        "was changed. A higher --max_steps or --num_train_epochs goes on from there; a new run belongs in another "
+        "--output_dir."
+    )
+    return True
+
+
+def train_until_stopped(trainer: WholeCheckpointMixin, checkpoint: str | None) -> None:
     """Train to the end, from the checkpoint if there is one.
 
     Raises:
+        UsageError: for a checkpoint that does not fit.
         RunStopped: after a signal, when the checkpoint is saved.
     """
     with StopAtStep() as stop:
         trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except CannotResumeError as error:
+            raise UsageError(str(error)) from error
     if stop.received and stop.stopped:
         raise RunStopped(stop.received, f"checkpoint-{trainer.state.global_step}")
 

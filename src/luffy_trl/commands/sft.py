@@ -4,11 +4,11 @@ SFT, then RL."""
 from dataclasses import dataclass, field
 
 from datasets import Dataset
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from ..demonstrations.encoding import demonstration_text
-from ..runs.checkpoints import NEWEST, checkpoints, find_checkpoint
+from ..runs.best import check_metric
+from ..runs.mixin import WholeCheckpointMixin
 from ..runs.redaction import NoTokenInPickles
 from .inputs import (
     EMBEDDED_TASK,
@@ -17,12 +17,23 @@ from .inputs import (
     before_training,
     check_dataset_arguments,
     check_output_dir,
+    finished_before,
+    holding,
     load_dataset_splits,
     load_split,
     model_options,
+    resume_point,
     train_until_stopped,
     warn_of_checkpoints,
 )
+from .summary import what_is_saved
+
+
+# What an evaluation of TRL's SFTTrainer logs, behind "eval_"
+LOGGED_BY_SFT = (
+    "loss", "runtime", "samples_per_second", "steps_per_second", "num_tokens", "entropy", "mean_token_accuracy",
+    "aux_loss",
+)  # fmt: skip
 
 
 @dataclass
@@ -76,15 +87,14 @@ def as_in(prompt: str | list, text: str) -> str | list:
     return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
 
 
-def resume_point(name: str | bool | None, output_dir: str) -> str | None:
-    """As [`find_checkpoint`], of checkpoints without a manifest: SFTTrainer writes the trainer state last.
+class WholeSFTTrainer(WholeCheckpointMixin, SFTTrainer):
+    """SFTTrainer with checkpoints that are whole or not there."""
 
-    Raises:
-        ValueError: if there is no such checkpoint.
-    """
-    if name not in NEWEST:
-        return find_checkpoint(name, output_dir)
-    return next((str(path) for path in checkpoints(output_dir) if (path / TRAINER_STATE_NAME).is_file()), None)
+    _takes_unlisted = True  # as SFTTrainer itself writes them
+
+    def check_before_training(self) -> None:
+        if self.args.eval_strategy != "no" and self.args.metric_for_best_model is not None:
+            check_metric(self.args.metric_for_best_model, [f"eval_{name}" for name in LOGGED_BY_SFT], "eval_loss")
 
 
 def run_sft(
@@ -105,38 +115,55 @@ def run_sft(
     with before_training():
         check_sft_arguments(script_args, model_args)
         check_output_dir(training_args.output_dir)
-        dataset_name = script_args.dataset_name or EMBEDDED_TASK
-        splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
-        dataset = load_split(splits, script_args.dataset_train_split, dataset_name)
-        if not isinstance(dataset, Dataset):
-            raise ValueError("--dataset_streaming is for train.py; SFT reads the whole dataset.")
-        columns = [column for column in ("completion", "demonstrations") if column in dataset.column_names]
-        if len(columns) != 1:
-            raise ValueError(
-                f"--dataset_name {dataset_name} needs one of the columns `completion` and `demonstrations`, and has "
-                f"{', '.join(dataset.column_names)}."
-            )
-        checkpoint = resume_point(training_args.resume_from_checkpoint, training_args.output_dir)
-        warn_of_checkpoints(training_args)
-        rows = to_prompt_completion(dataset)
-        if len(rows) == 0:
-            raise ValueError(f"--dataset_name {dataset_name}: none of its {len(dataset)} rows has a demonstration.")
+    with holding(training_args.output_dir):
+        return _run_sft(script_args, training_args, model_args)
 
-        eval_rows = None
-        if training_args.eval_strategy != "no":
-            eval_rows = to_prompt_completion(load_split(splits, script_args.dataset_test_split, dataset_name))
-        trainer = SFTTrainer(
+
+def _run_sft(script_args: LuffyScriptArguments, training_args: LuffySFTConfig, model_args: ModelConfig) -> SFTTrainer:
+    with before_training():
+        checkpoint = resume_point(training_args, model_args)
+        rows, eval_rows, prompts = load_rows(script_args, training_args)
+        warn_of_checkpoints(training_args)
+        trainer = WholeSFTTrainer(
             args=training_args,
             train_dataset=rows,
             eval_dataset=eval_rows,
             **model_options(model_args, training_args),
         )
-    trainer.accelerator.print(f"SFT on {len(rows)} demonstrations of {len(dataset)} prompts")
-    if checkpoint is not None:
-        trainer.accelerator.print(f"Resuming from {checkpoint}")
+        is_finished = finished_before(trainer, checkpoint)
+    if is_finished:
+        return trainer
+    trainer.accelerator.print(f"SFT on {len(rows)} demonstrations of {prompts} prompts")
     train_until_stopped(trainer, checkpoint)
     with after_training():
         trainer.save_model(training_args.output_dir)
-        trainer.save_state()  # for `luffy-trl report`
-        trainer.accelerator.print(f"Saved the model and its tokenizer to {training_args.output_dir}")
+        trainer.save_state()  # for `luffy-trl report`; the last, so that it tells a finished run
+        saved = what_is_saved(trainer)
+        trainer.accelerator.print(f"Saved the model and its tokenizer to {training_args.output_dir} ({saved})")
     return trainer
+
+
+def load_rows(script_args: LuffyScriptArguments, training_args: LuffySFTConfig) -> tuple[Dataset, Dataset | None, int]:
+    """Rows to train on and to evaluate on, one a demonstration, and from how many prompts the former are.
+
+    Raises:
+        ValueError: for a dataset that has no demonstrations, or is streamed.
+    """
+    dataset_name = script_args.dataset_name or EMBEDDED_TASK
+    splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
+    dataset = load_split(splits, script_args.dataset_train_split, dataset_name)
+    if not isinstance(dataset, Dataset):
+        raise ValueError("--dataset_streaming is for train.py; SFT reads the whole dataset.")
+    columns = [column for column in ("completion", "demonstrations") if column in dataset.column_names]
+    if len(columns) != 1:
+        raise ValueError(
+            f"--dataset_name {dataset_name} needs one of the columns `completion` and `demonstrations`, and has "
+            f"{', '.join(dataset.column_names)}."
+        )
+    rows = to_prompt_completion(dataset)
+    if len(rows) == 0:
+        raise ValueError(f"--dataset_name {dataset_name}: none of its {len(dataset)} rows has a demonstration.")
+    eval_rows = None
+    if training_args.eval_strategy != "no":
+        eval_rows = to_prompt_completion(load_split(splits, script_args.dataset_test_split, dataset_name))
+    return rows, eval_rows, len(dataset)

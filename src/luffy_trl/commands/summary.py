@@ -3,11 +3,13 @@
 import shlex
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import LuffyConfig
 from ..demonstrations.encoding import DROPPED_COLUMN, TRUNCATED_COLUMN, USABLE_COLUMN
@@ -67,10 +69,23 @@ def end_summary(trainer: LuffyTrainer) -> str:
     evaluated = [line["eval_reward"] for line in history if "eval_reward" in line]
     if evaluated:
         lines.append(f"Reward in evaluation: {evaluated[0]:.3f} at first, {evaluated[-1]:.3f} at last")
-    lines.append(f"Saved the model, its tokenizer and its card to {directory}")
+    lines.append(f"Saved the model, its tokenizer and its card to {directory} ({what_is_saved(trainer)})")
     shown = "Curves and completions" if trainer.args.log_completions else "Curves"
     lines.append(f"{shown}: luffy-trl report {shlex.quote(str(directory))}")
     return "\n".join(lines)
+
+
+def what_is_saved(trainer: Trainer) -> str:
+    """Which checkpoint's model the output directory holds at the end of a run."""
+    state, args = trainer.state, trainer.args
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return f"the last, of step {state.global_step}"
+    name = Path(state.best_model_checkpoint).name
+    metric = args.metric_for_best_model
+    metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+    step = name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    values = [line[metric] for line in state.log_history if metric in line and str(line["step"]) == step]
+    return f"the best, of {name}{f', {metric} {values[-1]:.3f}' if values else ''}"
 
 
 def finish(trainer: LuffyTrainer) -> None:

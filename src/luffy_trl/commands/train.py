@@ -9,6 +9,7 @@ from ..checks import check_reward_inputs
 from ..config import LuffyConfig
 from ..hub.card import CardFacts
 from ..hub.queue import what_is_missing
+from ..runs.best import settle_metric
 from ..runs.recipe import as_yaml, given_fields
 from ..runs.redaction import known_secrets
 from ..runs.stopping import RunStopped
@@ -20,10 +21,13 @@ from .inputs import (
     before_training,
     check_arguments,
     check_output_dir,
+    finished_before,
+    holding,
     load_dataset_splits,
     load_reward_funcs,
     load_split,
     model_options,
+    resume_point,
     train_until_stopped,
     warn_of_checkpoints,
 )
@@ -47,20 +51,38 @@ def run(
     with before_training():
         check_arguments(script_args, model_args)
         check_output_dir(training_args.output_dir)
+    with holding(training_args.output_dir):
+        return _run(script_args, training_args, model_args, command)
+
+
+def _run(
+    script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig, command: str | None
+) -> LuffyTrainer:
+    with before_training():
         facts = card_facts(script_args, training_args, model_args, command)
+        checkpoint = resume_point(training_args, model_args)
         trainer = make_trainer(script_args, training_args, model_args)
+        is_finished = finished_before(trainer, checkpoint)
+    if is_finished:
+        say_what_is_missing(trainer)
+        return trainer
     dataset_name = script_args.dataset_name or EMBEDDED_TASK
     trainer.card_facts = facts
     trainer.add_callback(StartSummary(trainer, dataset_name))
     try:
-        train_until_stopped(trainer, training_args.resume_from_checkpoint)
+        train_until_stopped(trainer, checkpoint)
     except RunStopped:
-        if training_args.push_to_hub and (missing := what_is_missing(Path(training_args.output_dir))):
-            trainer.accelerator.print(missing)
+        say_what_is_missing(trainer)
         raise
     with after_training():
         save_or_push(trainer, dataset_name)
     return trainer
+
+
+def say_what_is_missing(trainer: LuffyTrainer) -> None:
+    """On the Hub, if the run pushes."""
+    if trainer.args.push_to_hub and (missing := what_is_missing(Path(trainer.args.output_dir))):
+        trainer.accelerator.print(missing)
 
 
 def make_trainer(
@@ -75,6 +97,7 @@ def make_trainer(
     if training_args.eval_strategy != "no":
         eval_dataset = load_split(splits, script_args.dataset_test_split, dataset_name)
     check_reward_inputs(reward_funcs, train_dataset, "--reward_funcs", f"--dataset_name {dataset_name}")
+    settle_metric(training_args, (), (), [function.__name__ for function in reward_funcs], reward_funcs)
     warn_of_checkpoints(training_args)
     return LuffyTrainer(
         args=training_args,

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard
 
 from ..reporting.tables_and_curves import plot_curves
+from ..runs.recipe import with_values
 
 
 CARD = "README.md"
@@ -46,11 +47,18 @@ class CardFacts:
         data: a sentence on data that the card cannot link to.
         recipe: YAML that repeats the run.
         command: the command line, without secrets.
+        changes: a sentence on each thing that was changed, or asked for in vain, when the run was resumed.
+        overruled: fields that a checkpoint has set, whatever was asked for, with their values.
     """
 
     data: str | None = None
     recipe: str | None = None
     command: str | None = None
+    changes: Sequence[str] = ()
+    overruled: Mapping[str, Any] = field(default_factory=dict)
+
+    def resumed(self, overruled: Mapping[str, Any], changes: Sequence[str]) -> "CardFacts":
+        return replace(self, overruled=overruled, changes=changes)
 
 
 # In the output directory
@@ -108,12 +116,16 @@ def draw_curves(path: Path, log_history: Sequence[Mapping[str, float]], prefixes
 def recipe_section(facts: CardFacts) -> str:
     parts = []
     if facts.recipe:
+        recipe = with_values(facts.recipe, facts.overruled) if facts.overruled else facts.recipe
         parts.append(
             "With this as `recipe.yaml`, `train.py --config recipe.yaml` repeats the run (of a path on the machine it "
-            f"ran on only the last name is given):\n\n```yaml\n{facts.recipe.strip()}\n```"
+            f"ran on only the last name is given):\n\n```yaml\n{recipe.strip()}\n```"
         )
     if facts.command:
         parts.append(f"The command was\n\n```bash\n{facts.command}\n```")
+    if facts.changes:
+        lines = "\n".join(f"- {change}" for change in facts.changes)
+        parts.append(f"The run was resumed with something changed, and no single command repeats it:\n\n{lines}")
     return "\n\n".join(parts)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..reporting.logs import COMPLETIONS
-from ..runs.checkpoints import MANIFEST
+from ..runs.manifest import MANIFEST
 from .errors import PushError
 
 

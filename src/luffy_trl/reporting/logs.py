@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..runs.checkpoints import MANIFEST, checkpoints, damage
+from ..runs.checkpoints import checkpoints, damage
+from ..runs.identity import read_identity
+from ..runs.manifest import MANIFEST, read_manifest, run_of
 from . import ReportError
 
 
@@ -102,11 +104,14 @@ def run_names(directories: list[Path]) -> list[str]:
 def _state_files(run: Run) -> list[Path]:
     """The states worth reading: output_dir's and the newest whole checkpoint's."""
     found = [path for path in [run.directory / STATE] if path.is_file()]
+    identity = read_identity(run.directory)
     for checkpoint in checkpoints(run.directory):
         # other trainers' checkpoints have no manifest, and are welcome for a comparison
         problem = damage(checkpoint) if (checkpoint / MANIFEST).exists() else None
         if problem is None and not (checkpoint / STATE).is_file():
             problem = f"it has no {STATE}"
+        if problem is None and identity is not None and not identity.owns(run_of(read_manifest(checkpoint))):
+            problem = "it is another run's"
         if problem is None:
             return [*found, checkpoint / STATE]
         run.notes.append(f"{checkpoint.name} was skipped: {problem}.")

@@ -39,7 +39,7 @@ def as_yaml(fields: Mapping[str, Any], secrets: set[str]) -> str:
         for name, value in fields.items()
         if name not in NOT_IN_RECIPES and not name.startswith("hub_") and value is not None
     }
-    return yaml.safe_dump(_plain(redact_values(kept, secrets)), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(plain(redact_values(kept, secrets)), sort_keys=False, allow_unicode=True, width=110)
 
 
 def shown_command(argv: Sequence[str], secrets: set[str]) -> str:
@@ -58,16 +58,21 @@ def _without_directory_in_flag(argument: str) -> str:
     return f"{flag}{equals}{without_directory(value)}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Values that YAML knows."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, str):
         return without_directory(value)
     if isinstance(value, int | float | None):
         return value
     return f"{value.__module__}.{value.__qualname__}" if callable(value) else str(value)
+
+
+def with_values(recipe: str, values: Mapping[str, Any]) -> str:
+    """The recipe with other values of some fields."""
+    return yaml.safe_dump({**yaml.safe_load(recipe), **values}, sort_keys=False, allow_unicode=True, width=110)
