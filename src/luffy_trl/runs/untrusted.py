@@ -22,8 +22,8 @@ from .manifest import MANIFEST, CannotResumeError, read_manifest
 # Names relative to the checkpoint's directory; for `snapshot_download`, too, with any directory before them
 TORCH_STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", r"rng_state(_\d+)?.pth")
 AT_THE_TOP = (
-    *TORCH_STATES, r"(trainer_state|manifest|config|generation_config|adapter_config)\.json", r"adapter_model\.safetensors",
-    r"model(-\d+-of-\d+)?\.safetensors", r"model\.safetensors\.index\.json",
+    *TORCH_STATES, r"(trainer_state|manifest|config|generation_config|adapter_config)\.json",
+    r"adapter_model\.safetensors", r"model(-\d+-of-\d+)?\.safetensors", r"model\.safetensors\.index\.json",
 )  # fmt: skip
 # Of other adapters, and of what a trainer keeps beside: see `WholeCheckpointMixin._save_own_state`
 BELOW = (r"[\w-]+/adapter_model\.safetensors", r"[\w-]+/adapter_config\.json", r"[\w-]+/[\w-]+\.(npy|npz|json)")
