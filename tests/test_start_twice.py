@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback
 
+import luffy_trl.commands.train
 from luffy_trl.commands.cli import main
 from luffy_trl.runs.checkpoints import UNFINISHED_DIR, checkpoints, damage, find_checkpoint, publish, recover
 from luffy_trl.runs.identity import IDENTITY, read_identity
@@ -75,6 +76,9 @@ def contents(directory: Path) -> dict[str, str]:
     }
 
 
+LORA = {"use_peft": True, "lora_target_modules": "all-linear"}
+
+
 # A finished run
 
 
@@ -100,6 +104,26 @@ def test_a_finished_run_started_again_changes_nothing(arguments, tmp_path, capsy
         steps = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["max_steps"]
         assert f"This run is finished: {steps} of {steps} optimizer steps are done" in out
         assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_trainer_of_a_finished_run_has_what_was_learned(arguments, tmp_path, monkeypatch, adapter):
+    trainers = []
+
+    def keep(*args):
+        trainers.append(luffy_trl.commands.train._run(*args))
+        return trainers[-1]
+
+    monkeypatch.setattr(luffy_trl.commands.train, "run", keep)
+    again = arguments(max_steps=2, resume_from_checkpoint="auto", **(LORA if adapter else {}))
+    main(again)
+    before = contents(tmp_path / "out")
+    main(again)
+    assert contents(tmp_path / "out") == before
+    first, second = (trainer.model.state_dict() for trainer in trainers)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert trainers[1].state.global_step == 2
 
 
 def test_a_finished_epoch_is_finished_and_more_steps_go_on(arguments, tmp_path, capsys):
@@ -462,9 +486,6 @@ def test_a_finished_schedule_that_is_stretched_starts_with_a_rate(make_trainer, 
     rates = [line["learning_rate"] for line in resumed.state.log_history if "loss" in line]
     assert rates == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])
     assert "learning rate, of the schedule as it is now: 0.0005" in capsys.readouterr().out
-
-
-LORA = {"use_peft": True, "lora_target_modules": "all-linear"}
 
 
 def test_what_cannot_be_resumed_is_one_sentence(arguments, tmp_path, capsys):

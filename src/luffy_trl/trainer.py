@@ -63,7 +63,7 @@ from .metrics import Means, Stopwatch, group_metrics, length_sums, source_sums, 
 from .objective import demonstration_term, hide_demonstrations, off_policy_loss, token_denominator
 from .padding.mixin import PaddingFreeMixin
 from .rewards.checked import checked
-from .runs.best import settle_metric
+from .runs.best import BestByRewardMixin
 from .runs.mixin import WholeCheckpointMixin
 from .runs.stopping import bound_waiting
 
@@ -71,7 +71,7 @@ from .runs.stopping import bound_waiting
 logger = get_logger(__name__)
 
 
-class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
+class LuffyTrainer(PaddingFreeMixin, BestByRewardMixin, WholeCheckpointMixin, HubPushMixin):
     """
     GRPO with demonstrations in each group (LUFFY, arXiv 2504.14945). With `num_demonstrations=0` it is `GRPOTrainer`.
 
@@ -84,12 +84,12 @@ class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
     - `_calculate_rewards`: grades demonstrations as rollouts are; keeps the rewards for what comes after;
     - `_compute_loss`: shows TRL the rollouts' tokens alone, and adds the demonstrations' term;
     - `_get_per_token_logps_and_entropies`: nothing; keeps the loss's forward pass for that term;
-    - `log`: adds `on_policy/*`, `off_policy/*` and `groups/*`; of several evaluation sets, each one's name;
-    - `check_before_training`: the metric of the best model is the reward, or one that is logged;
+    - `log`: adds `on_policy/*`, `off_policy/*` and `groups/*`;
     - `_save_own_state`, `_load_own_state`: the replay buffer goes into checkpoints;
     - `_recipe`, `_resumed_with`: the model card gives the fields that were given, and what a resumption changed.
 
     Its parents know nothing of LUFFY: [`~luffy_trl.padding.mixin.PaddingFreeMixin`] leaves out padding,
+    [`~luffy_trl.runs.best.BestByRewardMixin`] chooses the best model by the reward,
     [`~luffy_trl.runs.mixin.WholeCheckpointMixin`] writes checkpoints that are whole or not there,
     [`~luffy_trl.hub.mixin.HubPushMixin`] pushes.
 
@@ -376,11 +376,6 @@ class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
             if steps := len(metrics.get("step_time", [])):  # TRL adds one for each optimizer step
                 means |= self._stopwatch.take(steps)
             metrics.update({name: [value] for name, value in means.items()})
-        elif isinstance(self.eval_dataset, dict):  # TRL gives all sets the same names
-            [name] = [name for name in self.eval_dataset if f"eval_{name}_runtime" in logs] or [None]
-            if name is not None:
-                metrics = self._metrics["eval"]
-                self._metrics["eval"] = type(metrics)(list, {f"{name}_{key}": v for key, v in metrics.items()})
         super().log(logs, start_time)
 
     # Where demonstrations come from, and what of it goes into checkpoints and onto the card
@@ -415,12 +410,6 @@ class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
 
     def _load_own_state(self, checkpoint: Path) -> None:
         self._source.load(checkpoint, self.accelerator.process_index, self.accelerator.num_processes)
-
-    def check_before_training(self) -> None:
-        sets = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
-        callbacks = self.callback_handler.callbacks
-        for message in settle_metric(self.args, callbacks, sets, self.reward_func_names, self.reward_funcs):
-            logger.warning(message)
 
     def _resumed_with(self, overruled: Mapping[str, Any], told: list[str]) -> None:
         self.card_facts = self.card_facts.resumed(overruled, told)

@@ -8,6 +8,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
@@ -212,7 +213,9 @@ def finished_before(trainer: WholeCheckpointMixin, checkpoint: str | None) -> bo
         return False
     directory = trainer.args.output_dir
     trainer.state = read_state(Path(directory))
-    if not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
+    if is_peft_model(trainer.model):
+        trainer.model.load_adapter(directory, trainer.model.active_adapters[0], is_trainable=True)
+    elif not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
         trainer._load_from_checkpoint(directory)
     trainer.accelerator.print(
         f"This run is finished: {step} of {step} optimizer steps are done, and its model is in {directory}. Nothing "

@@ -4,8 +4,12 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from accelerate.logging import get_logger
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from trl import GRPOTrainer
 
+
+logger = get_logger(__name__)
 
 REWARD = "eval_reward"
 # What transformers and TRL log in an evaluation, behind "eval_" and the set's name
@@ -20,6 +24,32 @@ LOGGED = (
         "importance_sampling_ratio/mean", "importance_sampling_ratio/max",
     )),
 )  # fmt: skip
+
+
+class BestByRewardMixin(GRPOTrainer):
+    """
+    GRPOTrainer whose best model is the one with the highest reward. Goes before [`WholeCheckpointMixin`].
+
+    What differs from [`~trl.GRPOTrainer`], override by override:
+
+    - `check_before_training`: refuses a `metric_for_best_model` that no evaluation logs;
+    - `log`: of several evaluation sets each logs under its own name, `eval_NAME_reward`. TRL's have one name for all.
+    """
+
+    def check_before_training(self) -> None:
+        super().check_before_training()
+        sets = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+        callbacks = self.callback_handler.callbacks
+        for message in settle_metric(self.args, callbacks, sets, self.reward_func_names, self.reward_funcs):
+            logger.warning(message)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not self.model.training and isinstance(self.eval_dataset, dict):
+            metrics = self._metrics["eval"]
+            for name in [name for name in self.eval_dataset if f"eval_{name}_runtime" in logs]:
+                for key in list(metrics):
+                    metrics[f"{name}_{key}"] = metrics.pop(key)
+        super().log(logs, start_time)
 
 
 def choose_by_reward(args: TrainingArguments) -> None:
