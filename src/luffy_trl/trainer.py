@@ -10,7 +10,7 @@ import math
 import os
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from trl import GRPOTrainer
 
@@ -65,6 +66,7 @@ from .padding.mixin import PaddingFreeMixin
 from .rewards.checked import checked
 from .runs.mixin import WholeCheckpointMixin
 from .runs.stopping import bound_waiting
+from .temperature import TokensAtOne
 
 
 logger = get_logger(__name__)
@@ -167,6 +169,11 @@ class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
         if self.num_demonstrations > 0:
             check_eos(self._tokenizer)
             self._source, self.train_dataset = self._open_source(self.train_dataset)
+        self._at_one: TokensAtOne | None = None
+        # The policy's own past solutions were sampled at this temperature, and are of that policy
+        if self.num_demonstrations > 0 and self.temperature != 1 and not self._source.uses_rollouts:
+            inner = self.model.get_base_model() if is_peft_model(self.model) else self.model
+            self._at_one = TokensAtOne(inner, args.cast_lm_head_to_fp32)
 
     # 1. Place demonstrations; let TRL sample and grade the rest; credit and annotate
 
@@ -297,7 +304,7 @@ class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
 
         mask, off_policy = inputs["completion_mask"].bool(), inputs["off_policy_mask"]  # (B, T)
         seen, whole = self._denominator(inputs, mask & ~off_policy), self._denominator(inputs, mask)  # (B, 1)
-        with self._keeping_forward() as forward:
+        with self._keeping_forward() as forward, self._demonstrations_at_one(inputs):
             loss = super()._compute_loss(model, hide_demonstrations(inputs, seen, whole))
         logps, entropies = forward  # (B, T)
         per_token_loss = self._demonstration_loss(logps.masked_fill(~off_policy, 0.0), inputs)  # (B, T)
@@ -320,6 +327,13 @@ class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
             exponent=args.shaping_exponent,
             behavior_logps=inputs.get("behavior_logps"),
         )
+
+    def _demonstrations_at_one(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        if self._at_one is None:
+            return nullcontext()
+        prompt_mask, mask = inputs["prompt_mask"].bool(), inputs["completion_mask"].bool()
+        off_policy = torch.cat([torch.zeros_like(prompt_mask), inputs["off_policy_mask"]], 1)  # (B, S)
+        return self._at_one(off_policy, torch.cat([prompt_mask, mask], 1))
 
     def _denominator(self, inputs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
         # TRL's `num_items_in_batch` counts the tokens of all micro-batches and processes of a generation
