@@ -22,8 +22,12 @@ OPTIONS = {
     "one micro-batch": {"rows": 16, "advantage_baseline": "on_policy"},
     # micro-batches of two rows: most hold no demonstration, and each process has its own mix
     "micro-batches of two rows": {
-        "rows": 4, "gradient_accumulation_steps": 4, "loss_type": "dapo", "beta": 0.1, "temperature": 0.7,
-    },  # fmt: skip
+        "rows": 4,
+        "gradient_accumulation_steps": 4,
+        "loss_type": "dapo",
+        "beta": 0.1,
+        "temperature": 0.7,
+    },
 }
 
 

@@ -12,7 +12,6 @@ from peft import LoraConfig
 from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
 from luffy_trl import LuffyTrainer
-
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
 from .run_two_processes import letters_reward
@@ -311,7 +310,9 @@ TEMPERATURES = [0.7, 1.3]
 @pytest.mark.parametrize("shaping", SHAPINGS)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("with_behavior", [False, True])
-def test_demonstrations_are_scored_at_temperature_one(make_trainer, rows, tokenizer, shaping, temperature, with_behavior):
+def test_demonstrations_are_scored_at_temperature_one(
+    make_trainer, rows, tokenizer, shaping, temperature, with_behavior
+):
     if with_behavior:
         lengths = [len(tokenizer(text + tokenizer.eos_token)["input_ids"]) for text in rows["completion"]]
         rows = rows.add_column("completion_logps", [[-0.1 * (i + 1) for i in range(length)] for length in lengths])

@@ -1,7 +1,7 @@
 """Demonstrations at temperature 1, whatever temperature the rollouts are sampled at.
 
-TRL divides all logits by `temperature`: rollouts are samples of that policy, so their ratios are of it. A demonstration
-is not. Who wrote it is known at temperature 1, if at all, and what is to become likely is the text under the model
+TRL divides all logits by `temperature`: rollouts are samples of that policy, so their ratios are of it. Demonstrations
+are not. Who wrote them is known at temperature 1, if at all, and what is to become likely is the text under the model
 itself: log pi_theta of its tokens is read off the same hidden states, through TRL's own LM head at temperature 1.
 """
 
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -19,7 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 
 class HeadAtOne:
-    """The LM head of a model at temperature 1, for what TRL's fused head takes for a model: hidden states are given."""
+    """The LM head of a model at temperature 1: TRL's fused head takes it for a model that is given hidden states."""
 
     def __init__(self, model: PreTrainedModel, cast_lm_head_to_fp32: bool):
         self.config = model.config
@@ -33,19 +34,26 @@ class HeadAtOne:
         """Never runs: the fused head takes its place."""
 
 
-class TokensAtOne:
-    """Scores some tokens at temperature 1 in the forward passes of a model that has TRL's fused LM head.
+class DemonstrationsAtOne:
+    """Scores demonstrations at temperature 1 in the forward passes of a model that has TRL's fused LM head.
 
-    Costs the LM head of these tokens again, and no second pass through the model. The weights are used inside the
+    Costs the LM head of their tokens again, and no second pass through the model. The weights are used inside the
     model's own forward, where ZeRO-3 and FSDP have them, and on each process in each pass, whatever rows it holds.
 
     Args:
-        model: not wrapped by PEFT. Its `forward` is replaced.
+        model: a PreTrainedModel, whose `forward` is replaced, inside of an adapter's.
+        temperature: of the fused head. At 1 nothing is done.
     """
 
-    def __init__(self, model: PreTrainedModel, cast_lm_head_to_fp32: bool):
-        self._tokens: tuple[torch.Tensor, torch.Tensor] | None = None  # None outside of a `with` block
-        head, fused = HeadAtOne(model, cast_lm_head_to_fp32), model.forward
+    def __init__(self, model: Any, temperature: float, cast_lm_head_to_fp32: bool):
+        # Masks `(B, S)` of demonstrations and of what is no padding; None outside of a `with` block
+        self._tokens: tuple[torch.Tensor, torch.Tensor] | None = None
+        if temperature != 1:
+            inner = model.get_base_model() if is_peft_model(model) else model
+            self._replace_forward(inner, HeadAtOne(inner, cast_lm_head_to_fp32))
+
+    def _replace_forward(self, model: PreTrainedModel, head: HeadAtOne) -> None:
+        fused = model.forward
 
         @functools.wraps(type(model).forward)  # `generate` reads the signature
         def forward(model: PreTrainedModel, *args: Any, **kwargs: Any):
@@ -66,14 +74,15 @@ class TokensAtOne:
         model.forward = types.MethodType(forward, model)
 
     @contextmanager
-    def __call__(self, tokens: torch.Tensor, kept: torch.Tensor) -> Iterator[None]:
-        """In here the model gives log-probs and entropies at temperature 1 for some tokens.
+    def __call__(self, batch: dict[str, torch.Tensor]) -> Iterator[None]:
+        """In here the model gives log-probs and entropies at temperature 1 for the demonstrations of a micro-batch.
 
         Args:
-            tokens: True on them, `(B, S)`.
-            kept: True on what is no padding, `(B, S)`.
+            batch: with `off_policy_mask`, and TRL's masks.
         """
-        self._tokens = tokens, kept
+        prompt_mask, off_policy_mask = batch["prompt_mask"].bool(), batch["off_policy_mask"]
+        tokens = torch.cat([torch.zeros_like(prompt_mask), off_policy_mask], dim=1)  # (B, S)
+        self._tokens = tokens, torch.cat([prompt_mask, batch["completion_mask"].bool()], dim=1)
         try:
             yield
         finally:
