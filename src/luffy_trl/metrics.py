@@ -139,16 +139,6 @@ def group_metrics(outcome: Outcome) -> dict[str, float]:
     return {name: number for name, number in numbers if not math.isnan(number)}
 
 
-def of_set(metrics: Mapping[str, list[float]], prefix: str) -> defaultdict[str, list[float]]:
-    """TRL's metrics of an evaluation, to which it adds "eval_" whatever set was evaluated, with the set's name.
-
-    Args:
-        prefix: of the other metrics: "eval", or "eval_NAME" where there are several sets.
-    """
-    name = prefix.removeprefix("eval").removeprefix("_")
-    return defaultdict(list, {f"{name}_{key}" if name else key: values for key, values in metrics.items()})
-
-
 class Stopwatch:
     """Where an optimizer step's time goes. TRL times its phases too, but for trackers alone, not for the log."""
 

@@ -44,10 +44,11 @@ from .demonstrations.placement import (
 from .demonstrations.schedules import prefix_ratio, weight_factor
 from .demonstrations.sources import DemonstrationSource, NoSource, open_source, remember_solved
 from .hub.mixin import HubPushMixin
-from .metrics import Means, Stopwatch, group_metrics, length_sums, of_set, source_sums, token_sums
+from .metrics import Means, Stopwatch, group_metrics, length_sums, source_sums, token_sums
 from .objective import demonstration_term, hide_demonstrations, off_policy_loss, token_denominator
 from .padding.mixin import PaddingFreeMixin
 from .rewards.checked import checked
+from .runs.evaluations import EvaluationSetsMixin
 from .runs.mixin import WholeCheckpointMixin
 from .runs.stopping import bound_waiting
 from .temperature import DemonstrationsAtOne
@@ -57,7 +58,7 @@ logger = get_logger(__name__)
 
 
 # For the model card
-PAPER = {
+LUFFY_PAPER = {
     "title": "Learning to Reason under Off-Policy Guidance",
     "id": "2504.14945",
     # docstyle-ignore
@@ -72,7 +73,7 @@ PAPER = {
 }
 
 
-class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
+class LuffyTrainer(PaddingFreeMixin, EvaluationSetsMixin, WholeCheckpointMixin, HubPushMixin):
     """
     GRPO with demonstrations in each group (LUFFY, arXiv 2504.14945). With `num_demonstrations=0` it is `GRPOTrainer`.
 
@@ -85,12 +86,12 @@ class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
     - `_calculate_rewards`: grades demonstrations as rollouts are; keeps the rewards for what comes after;
     - `_compute_loss`: shows TRL the rollouts' tokens alone, and adds the demonstrations' term;
     - `_get_per_token_logps_and_entropies`: nothing; keeps the loss's forward pass for that term;
-    - `log`: adds `on_policy/*`, `off_policy/*` and `groups/*`; of several evaluation sets, the set's name to TRL's metrics;
-    - `evaluate`: nothing; keeps that name;
+    - `log`: adds `on_policy/*`, `off_policy/*` and `groups/*`;
     - `_save_own_state`, `_load_own_state`: the replay buffer goes into checkpoints;
     - `_recipe`: the model card gives the fields that were given.
 
     Its parents know nothing of LUFFY: [`~luffy_trl.padding.mixin.PaddingFreeMixin`] leaves out padding,
+    [`~luffy_trl.runs.evaluations.EvaluationSetsMixin`] keeps the metrics of several evaluation sets apart,
     [`~luffy_trl.runs.mixin.WholeCheckpointMixin`] writes checkpoints that are whole or not there,
     [`~luffy_trl.hub.mixin.HubPushMixin`] pushes.
 
@@ -118,7 +119,7 @@ class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
 
     _tag_names = ["trl", "grpo", "luffy"]
     _name = "LUFFY"
-    _paper = PAPER
+    _paper = LUFFY_PAPER
     # TRL looks for its template in a folder of its own
     _template_file = os.path.relpath(
         str(files("luffy_trl") / "hub" / "model_card.md"), str(files("trl") / "templates")
@@ -142,7 +143,6 @@ class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
         # What is under way, None outside of it: see `_generating` and `_keeping_forward`
         self._generation: Generation | None = None
         self._forward: list[torch.Tensor] | None = None
-        self._evaluated_as = "eval"  # what Trainer's metrics of the evaluation under way begin with
 
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
 
@@ -375,17 +375,8 @@ class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
         behavior = inputs.get("behavior_logps")
         self._means.add(sums | token_sums(logps.detach(), entropies.detach(), mask, off_policy, behavior))
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        before, self._evaluated_as = self._evaluated_as, metric_key_prefix
-        try:  # of several sets Trainer calls this method once more for each
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self._evaluated_as = before
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not self.model.training:
-            self._metrics["eval"] = of_set(self._metrics["eval"], self._evaluated_as)
-        else:
+        if self.model.training:
             metrics = self._metrics["train"]
             means = self._means.take()
             if steps := len(metrics.get("step_time", [])):  # TRL adds one for each optimizer step
