@@ -1,9 +1,22 @@
 """Credit by hand: two groups of three, the last row of each with a demonstration."""
 
+import math
+import statistics
+
 import pytest
 import torch
 
-from luffy_trl.advantages import Outcome, credit, open_groups, rebase, scale_ratio, solved_rollouts, total_rewards
+from luffy_trl.advantages import (
+    Outcome,
+    credit,
+    credit_each,
+    deciding_reward,
+    open_groups,
+    rebase,
+    scale_ratio,
+    solved_rollouts,
+    total_rewards,
+)
 
 
 NAN = float("nan")
@@ -85,3 +98,95 @@ def test_the_whole_group_is_trls_own():
     everything = torch.ones(6, dtype=torch.bool)
     credited = credit(whole_group(REWARDS), outcome, "group", "group", graded=everything)
     torch.testing.assert_close(credited, whole_group(REWARDS))
+
+
+# Each reward function normalized, then summed: TRL's "normalize_then_sum"
+
+ANSWERS = torch.tensor([0, 1, 1, 0, 0.5, 1, 1, 0, 0.25, 0, 0, 1])  # four groups of three
+PER_FUNC = torch.stack([ANSWERS, torch.linspace(-1, 1, 12).sin(), torch.arange(12) % 2.0], dim=1)
+WEIGHTS = torch.tensor([1.0, 0.5, -0.25])
+
+
+def by_hand(per_func, weights, baseline, counted, group_size):
+    """TRL's documentation, row by row, in Python's numbers: means over `baseline`, deviations over `counted`."""
+
+    def standardized(values, center, spread):
+        center, spread = [[v for v in some if not math.isnan(v)] for some in (center, spread)]
+        if not center or len(spread) < 2:
+            return [NAN for _ in values]
+        return [(v - statistics.fmean(center)) / (statistics.stdev(spread) + 1e-4) for v in values]
+
+    sums = [0.0] * len(per_func)
+    for start in range(0, len(per_func), group_size):
+        rows = range(start, start + group_size)
+        for k, weight in enumerate(weights.tolist()):
+            column = per_func[:, k].tolist()
+            values = standardized(
+                [column[i] for i in rows],
+                [column[i] for i in rows if baseline[i]],
+                [column[i] for i in rows if counted[i]],
+            )
+            for i, value in zip(rows, values, strict=True):
+                sums[i] += 0.0 if math.isnan(value) else weight * value
+    sums = [NAN if row.isnan().all() else total for total, row in zip(sums, per_func, strict=True)]
+    advantages = standardized(
+        sums,
+        [total for total, is_in in zip(sums, baseline, strict=True) if is_in],
+        [total for total, is_in in zip(sums, counted, strict=True) if is_in],
+    )
+    return [a if is_in and not math.isnan(a) else 0.0 for a, is_in in zip(advantages, counted, strict=True)]
+
+
+@pytest.mark.parametrize("missing", [[], [(0, 0), (4, 1)], [(3, 0), (3, 1), (3, 2)], [(0, 0), (1, 0)]])
+@pytest.mark.parametrize(("baseline", "is_graded"), [("group", True), ("on_policy", True), ("on_policy", False)])
+@pytest.mark.parametrize("gate", [None, 0.0, 0.5])
+def test_normalized_over_the_rows_that_count(gate, is_graded, baseline, missing):
+    per_func = PER_FUNC.clone()
+    for place in missing:
+        per_func[place] = NAN
+    has_demonstration = torch.tensor([False, False, True] * 4)
+    totals = total_rewards(per_func, WEIGHTS)
+    outcome = Outcome.of(totals, has_demonstration, 3, gate, judged=per_func[:, 0])
+    if gate == 0.0:
+        assert 0 < outcome.counts.sum() < 4
+    counted = ~has_demonstration | (outcome.counts & is_graded)
+    in_baseline = ~has_demonstration | (outcome.counts & (baseline == "group"))
+    credited = credit_each(per_func, WEIGHTS, outcome, baseline, torch.full((12,), is_graded))
+    expected = by_hand(per_func, WEIGHTS, in_baseline, counted, 3)
+    torch.testing.assert_close(credited, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+# Which reward decides
+
+
+@pytest.mark.parametrize(
+    ("names", "solved_reward", "expected"),
+    [
+        (["anything"], None, 0),
+        (["format_reward", "math_reward"], None, 1),
+        (["format_reward", "choice_reward", "math_reward"], None, 1),
+        (["think_format_reward", "accuracy_reward"], None, 1),
+        (["length", "style"], None, None),
+        ([], None, None),
+        (["format_reward", "math_reward"], "format_reward", 0),
+        (["format_reward", "math_reward"], "total", None),
+        (["anything"], "total", None),
+    ],
+)
+def test_which_reward_decides(names, solved_reward, expected):
+    assert deciding_reward(names, solved_reward) == expected
+
+
+def test_a_reward_that_is_not_there_decides_nothing():
+    with pytest.raises(ValueError, match=r"solved_reward='math' is not the name of .* 'math_reward', 'f', or 'total'"):
+        deciding_reward(["math_reward", "f"], "math")
+    with pytest.raises(ValueError, match="solved_reward='f' is the name of 2 reward functions"):
+        deciding_reward(["f", "g", "f"], "f")
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"), [(1.0, [False, True]), (0.5, [True, True]), (-1.0, [True] * 2), (1.5, [False] * 2)]
+)
+def test_solved_from_a_threshold_on(threshold, expected):
+    rewards = torch.tensor([0.5, 1.0, 2.0, 0.5, 1.0, 2.0])
+    assert solved_rollouts(rewards, HAS_DEMONSTRATION, 3, threshold).tolist() == [[*expected, False]] * 2

@@ -21,7 +21,13 @@ OPTIONS = {
     # a baseline that asks which rows this process's are, among rewards of which some are missing
     "one micro-batch": {"rows": 16, "advantage_baseline": "on_policy"},
     # micro-batches of two rows: most hold no demonstration, and each process has its own mix
-    "micro-batches of two rows": {"rows": 4, "gradient_accumulation_steps": 4, "loss_type": "dapo", "beta": 0.1},
+    "micro-batches of two rows": {
+        "rows": 4,
+        "gradient_accumulation_steps": 4,
+        "loss_type": "dapo",
+        "beta": 0.1,
+        "temperature": 0.7,
+    },
 }
 
 

@@ -1,4 +1,4 @@
-"""The three mixins on a plain GRPOTrainer: they know nothing of LUFFY."""
+"""The mixins on a plain GRPOTrainer: they know nothing of LUFFY."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 from luffy_trl.hub.mixin import HubPushConfig, HubPushMixin
 from luffy_trl.padding.mixin import PaddingFreeConfig, PaddingFreeMixin
 from luffy_trl.runs.checkpoints import UNFINISHED_DIR, checkpoints, damage
+from luffy_trl.runs.evaluations import EvaluationSetsMixin
 from luffy_trl.runs.mixin import WholeCheckpointMixin
 
 from .conftest import SMALL_RUN
@@ -28,6 +29,10 @@ class PaddingFreeTrainer(PaddingFreeMixin, GRPOTrainer):
 
 
 class WholeCheckpointTrainer(WholeCheckpointMixin, GRPOTrainer):
+    pass
+
+
+class EvaluationSetsTrainer(EvaluationSetsMixin, GRPOTrainer):
     pass
 
 
@@ -223,3 +228,15 @@ def test_a_plain_trainer_pushes_its_model_and_its_checkpoints(tiny_model_dir, tm
             assert {"model.safetensors", "config.json", "README.md"} <= repo.at(branch).keys()
             assert "optimizer.pt" not in repo.at(branch)
         assert [content for content in hub.contents() if TOKEN.encode() in content] == []
+
+
+# Evaluation sets
+
+
+def test_the_rewards_of_a_set_have_its_name(make_plain, prompts):
+    trainer = make_plain(EvaluationSetsTrainer, per_device_eval_batch_size=8, num_generations_eval=2)
+    trainer.model.eval()
+    metrics = trainer.evaluate({"a": prompts.select(range(4)), "b_c": prompts.select(range(4, 8))})
+    assert {"eval_a_loss", "eval_a_reward", "eval_b_c_loss", "eval_b_c_reward", "eval_b_c_entropy"} <= metrics.keys()
+    assert all(key.startswith(("eval_a_", "eval_b_c_")) for key in metrics if key.startswith("eval"))
+    assert "eval_reward" in trainer.evaluate(prompts.select(range(4)))

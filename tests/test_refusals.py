@@ -1,12 +1,15 @@
 """What cannot work is refused by name and value, before any training step."""
 
+import functools
+import inspect
+
 import pytest
 from datasets import Dataset, IterableDataset
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from luffy_trl import LuffyTrainer
 from luffy_trl.shaping import SHAPINGS, get_shaping
-from luffy_trl.tasks.letter_walk import build_tokenizer
+from luffy_trl.tasks.letter_walk import build_tokenizer, letter_walk_reward
 
 from .run_two_processes import letters_reward
 
@@ -29,6 +32,8 @@ from .run_two_processes import letters_reward
         ({"prefix_strategy": "random"}, "prefix_strategy='random' is not one of 'fixed', 'uniform'"),
         ({"prefix_max": 1.5}, "prefix_max=1.5 must be a number from 0 to 1"),
         ({"prefix_min": 0.6, "prefix_max": 0.5}, "prefix_min=0.6 must not be above prefix_max=0.5"),
+        ({"solved_threshold": float("nan")}, "solved_threshold=nan must be a finite number"),
+        ({"solved_threshold": float("inf")}, "solved_threshold=inf must be a finite number"),
         ({"success_gate": -0.1}, "success_gate=-0.1 must be a number from 0 to 1"),
         ({"advantage_baseline": "best"}, "advantage_baseline='best' is not one of 'group', 'on_policy'"),
         ({"loss_type": "mean"}, "loss_type='mean' is not one of"),
@@ -101,6 +106,93 @@ def test_data(make_trainer, walks, change, message):
 def test_each_evaluation_dataset_is_checked(make_trainer, walks):
     with pytest.raises(ValueError, match=r"`eval_dataset\['b'\]` has a column 'completions'"):
         make_trainer(trainer_options={"eval_dataset": {"a": walks, "b": walks.add_column("completions", ["a"] * 16)}})
+
+
+def needs_source(completions, source, **kwargs):
+    return [0.0] * len(completions)
+
+
+async def needs_source_later(completions, source, **kwargs):
+    return [0.0] * len(completions)
+
+
+class NeedsSource:
+    columns = ("source",)
+
+    def __call__(self, completions, **kwargs):
+        return [0.0] * len(completions)
+
+
+NEEDS_SOURCE = [needs_source, needs_source_later, NeedsSource(), functools.partial(needs_source, other=1)]
+
+
+@pytest.mark.parametrize("num_demonstrations", [0, 1])
+@pytest.mark.parametrize("reward", NEEDS_SOURCE)
+def test_a_column_that_a_reward_needs_is_missed_before_a_model_is_loaded(config, walks, reward, num_demonstrations):
+    with pytest.raises(
+        ValueError, match=r"function \w+ needs the column 'source', and `train_dataset` has only prompt,"
+    ):
+        LuffyTrainer(
+            "no such model",
+            [letters_reward, reward],
+            config(num_demonstrations=num_demonstrations),
+            train_dataset=walks,
+        )
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_each_dataset_has_the_columns_that_rewards_need(make_trainer, walks, as_stream):
+    with_source = walks.add_column("source", ["a"] * 16)
+    sets = [walks.to_iterable_dataset(), with_source.to_iterable_dataset()] if as_stream else [walks, with_source]
+    without, train = sets
+    with pytest.raises(ValueError, match="needs the column 'source', and `train_dataset` has only"):
+        make_trainer(without, needs_source)
+    with pytest.raises(ValueError, match="needs the column 'source', and `eval_dataset` has only"):
+        make_trainer(train, needs_source, trainer_options={"eval_dataset": without})
+    with pytest.raises(ValueError, match=r"needs the column 'source', and `eval_dataset\['b'\]` has only"):
+        make_trainer(train, needs_source, trainer_options={"eval_dataset": {"a": train, "b": without}})
+    make_trainer(train, needs_source, trainer_options={"eval_dataset": {"a": train}})
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_a_column_that_rewards_are_not_given(make_trainer, column):
+    namespace: dict = {}
+    exec(f"def reward(completions, {column}, **kwargs): return [0.0] * len(completions)", namespace)
+    with pytest.raises(
+        ValueError, match=f"needs the column '{column}' of `train_dataset`, which reward functions are"
+    ):
+        make_trainer(reward=namespace["reward"])
+
+
+def test_demonstrations_are_given_to_rewards_in_plain_grpo_alone(make_trainer, walks):
+    def reward(completions, demonstrations, **kwargs):
+        return [float(len(row)) for row in demonstrations]
+
+    several = walks.rename_column("completion", "text").add_column("demonstrations", [["a#a"]] * 16)
+    with pytest.raises(ValueError, match="'demonstrations' of `train_dataset`, which reward functions are not given"):
+        make_trainer(several, reward)
+    make_trainer(several, reward, num_demonstrations=0, max_steps=1).train()
+
+
+def test_a_column_that_is_taken_out_is_not_given(make_trainer, walks):
+    options = {"num_demonstrations": 0, "remove_unused_columns": True}
+    with pytest.raises(ValueError, match="'solution' of `train_dataset`, which reward functions are not given"):
+        make_trainer(walks, letter_walk_reward, **options)
+    make_trainer(walks, letters_reward, max_steps=1, **options).train()
+
+
+def test_a_reward_that_tells_nothing_of_its_arguments_is_called(make_trainer):
+    assert_no_signature = functools.partial(dict)  # compiled code
+    with pytest.raises(ValueError, match="no signature"):
+        inspect.signature(assert_no_signature)
+    make_trainer(reward=[letters_reward, assert_no_signature])
+
+
+def test_a_reward_that_decides_must_be_there(config, walks):
+    with pytest.raises(
+        ValueError, match=r"solved_reward='letters' is not .* Give one of 'letters_reward', or 'total'"
+    ):
+        LuffyTrainer("no such model", letters_reward, config(solved_reward="letters"), train_dataset=walks)
 
 
 def test_data_without_demonstrations_is_fine_for_grpo(make_trainer, walks):

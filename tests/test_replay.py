@@ -189,8 +189,10 @@ def prompts() -> Dataset:
 REPLAY = {"demonstration_source": "replay", "replay_start": 0.0}
 
 
-def test_gradients_with_replayed_rows_equal_plain_torch(make_trainer, prompts):
-    options = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_with_replayed_rows_equal_plain_torch(make_trainer, prompts, temperature):
+    """Past solutions are samples of the policy at the temperature of the run, then and now."""
+    options = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "temperature": temperature}
     trainer = make_trainer(prompts, reward=often_solved, replay_ratio=1.0, **options, **REPLAY)
     model = trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
@@ -210,7 +212,8 @@ def test_gradients_with_replayed_rows_equal_plain_torch(make_trainer, prompts):
         for entry in buffer.best(row, 9):
             ids, behavior = entry.unpacked()
             with torch.no_grad():
-                logps, entropies = logps_and_entropies(model, {"prompt_ids": prompt_ids, "ids": torch.tensor(ids)})
+                fact = {"prompt_ids": prompt_ids, "ids": torch.tensor(ids)}
+                logps, entropies = logps_and_entropies(model, fact, temperature)
             torch.testing.assert_close(torch.tensor(behavior), logps, rtol=1e-3, atol=1e-4)
             assert entry.entropy == pytest.approx(entropies.mean().item(), rel=1e-4)
         ids, behavior = buffer.best(row, 1)[0].unpacked()
@@ -244,7 +247,7 @@ def test_gradients_with_replayed_rows_equal_plain_torch(make_trainer, prompts):
     mean = sum(fact["reward"] for fact in facts) / GROUP
     loss = 0.0
     for i, fact in enumerate(facts):
-        logps, _ = logps_and_entropies(model, fact)
+        logps, _ = logps_and_entropies(model, fact, temperature)
         advantage = fact["reward"] - mean
         if i == place:
             ratio = (logps - behavior).exp()

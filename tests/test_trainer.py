@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pandas as pd
 import pytest
@@ -233,6 +234,130 @@ def test_demonstrations_without_an_advantage_move_no_rollout(
     assert advantages[:, 3].tolist() == [0.0, 0.0]
 
 
+ANSWERS = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]  # the last of each four is the demonstration's
+FORMATS = [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0]
+
+
+def right_answer(completions, **kwargs):
+    return ANSWERS
+
+
+def right_format(completions, **kwargs):
+    return FORMATS
+
+
+@pytest.mark.parametrize(
+    ("options", "counted"),
+    [
+        ({"success_gate": 0.0}, [0, 1, 2, 4, 5, 6, 7]),
+        ({"success_gate": 1.0}, list(range(8))),
+        ({"demonstration_loss": "sft", "advantage_baseline": "on_policy"}, [0, 1, 2, 4, 5, 6]),
+        ({"demonstration_loss": "sft", "advantage_baseline": "on_policy", "success_gate": 0.0}, [0, 1, 2, 4, 5, 6]),
+    ],
+)
+def test_normalize_then_sum_is_over_the_rows_that_count(make_trainer, walks, options, counted):
+    """Plain GRPO's formula on these rows alone: no demonstration that does not count is in a mean or a deviation."""
+    trainer = make_trainer(
+        walks.select(range(2)),
+        reward=[right_answer, right_format],
+        reward_weights=[1.0, 0.5],
+        multi_objective_aggregation="normalize_then_sum",
+        solved_reward="right_answer",
+        **options,
+    )
+    advantages = generate_batch(trainer)["advantages"]
+    sums = torch.full((8,), float("nan"))
+    for group in ([i for i in counted if i < 4], [i for i in counted if i >= 4]):
+        answers, formats = (torch.tensor([values[i] for i in group]) for values in (ANSWERS, FORMATS))
+        first, second = ((v - v.mean()) / (v.std() + 1e-4) for v in (answers, formats))
+        sums[group] = first + 0.5 * second
+    expected = torch.zeros(8)
+    expected[counted] = (sums[counted] - sums[counted].mean()) / (sums[counted].std() + 1e-4)
+    torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-5)
+    assert list(trainer._logs["advantages"]) == pytest.approx(advantages.tolist())
+
+
+# Which completions are solved
+
+
+def solved_shares(trainer) -> dict[str, float]:
+    """Of the first generation."""
+    generate_batch(trainer)
+    return {name: trainer._metrics["train"][name][0] for name in ("groups/solve_none", "groups/solve_all")}
+
+
+def renamed(function, name: str):
+    def reward(**kwargs):
+        return function(**kwargs)
+
+    reward.__name__ = name
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "none", "every"),
+    [
+        # by default the answer decides, whatever the weights, the order and the format
+        (("accuracy_reward", "format"), {}, 0.5, 0.0),
+        (("accuracy_reward", "format"), {"reward_weights": [0.2, 5.0]}, 0.5, 0.0),
+        (("math_reward", "accuracy_reward"), {}, 0.5, 0.0),
+        (("style", "choice_reward"), {}, 0.0, 0.0),
+        # by name, and from a value on
+        (("mine", "format"), {"solved_reward": "mine"}, 0.5, 0.0),
+        (("mine", "format"), {"solved_reward": "format"}, 0.0, 0.0),
+        (("mine", "format"), {"solved_reward": "mine", "solved_threshold": 0.0}, 0.0, 1.0),
+        (("mine", "format"), {"solved_reward": "mine", "solved_threshold": 1.5}, 1.0, 0.0),
+        # the total
+        (("mine", "format"), {"solved_reward": "total"}, 0.0, 0.0),
+        (("mine", "format"), {"solved_reward": "total", "solved_threshold": 2.0}, 0.5, 0.0),
+        (("mine", "format"), {"solved_reward": "total", "reward_weights": [1.0, 0.1]}, 0.5, 0.0),
+    ],
+)
+def test_solved_is_what_the_deciding_reward_says(make_trainer, walks, names, options, none, every):
+    rewards = [renamed(right_answer, names[0]), renamed(right_format, names[1])]
+    trainer = make_trainer(walks.select(range(2)), reward=rewards, **options)
+    assert solved_shares(trainer) == {"groups/solve_none": none, "groups/solve_all": every}
+
+
+def test_a_wrong_answer_in_the_right_format_closes_no_gate_and_is_not_replayed(make_trainer, walks):
+    rewards = [renamed(right_answer, "math_reward"), renamed(right_format, "format_reward")]
+    gated = make_trainer(walks.select(range(2)), reward=rewards, success_gate=0.0)
+    assert generate_batch(gated)["off_policy_weight"].tolist() == [0.0] * 7 + [1.0]
+    prompts = walks.select(range(2)).remove_columns("completion")
+    replay = make_trainer(prompts, reward=rewards, demonstration_source="replay")
+    remembered = generate_batch(replay)["row_to_remember"]
+    assert (remembered >= 0).tolist() == [answer == 1 for answer in ANSWERS]
+
+
+def test_one_reward_is_judged_without_its_weight(make_trainer, walks):
+    trainer = make_trainer(walks.select(range(2)), reward=right_answer, reward_weights=[0.5])
+    assert solved_shares(trainer) == {"groups/solve_none": 0.5, "groups/solve_all": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "said"),
+    [
+        (("mine",), {}, None),
+        (("math_reward", "format_reward"), {}, None),
+        (("mine", "format"), {"solved_reward": "mine"}, None),
+        (("mine", "format"), {"solved_reward": "total", "reward_weights": [1.0, 0.1]}, "reach it without format"),
+        (("mine", "format"), {"solved_reward": "total", "reward_weights": [0.6, 0.6]}, None),
+        (("mine", "format"), {"solved_reward": "total"}, "solved_reward='total' counts .* the others can reach it"),
+        (("mine", "format"), {}, "none of mine, format is known .* can reach it without .* Set solved_reward"),
+        (("mine", "format"), {"reward_weights": [0.6, 0.6]}, "none of mine, format is known to judge answers. Set"),
+        (("math_reward", "choice_reward"), {}, "math_reward decides what is solved. Set solved_reward"),
+    ],
+)
+def test_a_sum_that_may_be_made_without_the_answer_is_warned_of(make_trainer, caplog, names, options, said):
+    make_trainer(reward=[renamed(right_answer, name) for name in names], **options)
+    messages = [record.message for record in caplog.records if "solved" in record.message.lower()]
+    if said is None:
+        assert messages == []
+    else:
+        [message] = messages
+        assert re.search(said, message)
+
+
 def test_in_a_closed_group_a_row_with_a_prefix_has_no_advantage(make_trainer, walks):
     rewards = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
     trainer = make_trainer(
@@ -329,6 +454,31 @@ def test_evaluation_has_no_demonstrations(make_trainer, walks, monkeypatch):
     assert counts == [8]
     assert_finite([metrics])
     assert not [key for key in metrics if "off_policy" in key]
+
+
+def longest(completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
+
+
+def test_each_evaluation_set_has_metrics_of_its_own(make_trainer, walks):
+    sets = {"short": walks.select(range(2)), "odd_ones": walks.select(range(2, 6)), "train": walks.select(range(2))}
+    options = {"per_device_eval_batch_size": 8, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    trainer = make_trainer(reward=[letters_reward, longest], trainer_options={"eval_dataset": sets}, **options)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if any(key.startswith("eval_") for key in line)]
+    assert len(lines) == 3
+    for name, line in zip(sets, lines, strict=True):
+        assert f"eval_{name}_reward" in line
+        assert {f"eval_{name}_loss", f"eval_{name}_rewards/longest/mean"} <= line.keys()
+        assert all(key.startswith(f"eval_{name}_") for key in line if key.startswith("eval_"))
+    # nothing of one set is lost in what the evaluation returns
+    trainer.model.eval()
+    metrics = trainer.evaluate()
+    assert {f"eval_{name}_reward" for name in sets} <= metrics.keys()
+    assert "eval_reward" not in metrics
+    # one set, and a prefix of the user's
+    assert "eval_reward" in trainer.evaluate(walks.select(range(2)))
+    assert "eval_again_reward" in trainer.evaluate(walks.select(range(2)), metric_key_prefix="eval_again")
 
 
 # Behavior log-probs and padding

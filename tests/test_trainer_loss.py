@@ -8,7 +8,10 @@ advantages from the decoded texts and their own idea of which rows are demonstra
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
+from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
+from luffy_trl import LuffyTrainer
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
 from .run_two_processes import letters_reward
@@ -46,6 +49,8 @@ def whole_batch(trainer, model, rows, ratio=1.0, baseline="group", gate=1.0, rew
                     "given": len(prefix) if off_policy else 0,
                 }
             )
+            if "completion_logps" in rows.column_names:
+                facts[-1]["behavior"] = dict(zip(rows["prompt"], rows["completion_logps"], strict=True))[prompt_text]
     for fact in facts:
         group = [other for other in facts if other["prompt"] == fact["prompt"]]
         assert len(group) == GROUP
@@ -58,10 +63,11 @@ def whole_batch(trainer, model, rows, ratio=1.0, baseline="group", gate=1.0, rew
     return facts
 
 
-def logps_and_entropies(model, fact):
+def logps_and_entropies(model, fact, temperature=1.0):
     """One row, unpadded: (T,) and (T,)."""
     ids = torch.cat([fact["prompt_ids"], fact["ids"]])
-    log_probs = model(input_ids=ids[None]).logits[0].log_softmax(-1)[len(fact["prompt_ids"]) - 1 : -1]
+    logits = model(input_ids=ids[None]).logits[0, len(fact["prompt_ids"]) - 1 : -1]
+    log_probs = (logits / temperature).log_softmax(-1)
     return log_probs.gather(1, fact["ids"][:, None])[:, 0], -(log_probs.exp() * log_probs).sum(-1)
 
 
@@ -95,7 +101,9 @@ def sft(logps, advantage):
 REGULARIZED = importance_sampling(regularized)
 
 
-def objective(model, ref_model, facts, old_logps, loss_type, beta, entropy_coef, micro_batches, term, weight):
+def objective(
+    model, ref_model, facts, old_logps, loss_type, beta, entropy_coef, micro_batches, term, weight, temperature=1.0
+):
     """Loss of the first micro-batch of an optimizer step that has no other."""
     rows = len(facts) // micro_batches
     tokens_in_batch = sum(len(fact["ids"]) for fact in facts)
@@ -105,7 +113,8 @@ def objective(model, ref_model, facts, old_logps, loss_type, beta, entropy_coef,
 
     loss, kl_of_bnpo, entropy = 0.0, 0.0, 0.0
     for fact, old in zip(batch, old_logps, strict=False):
-        logps, entropies = logps_and_entropies(model, fact)
+        logps, entropies = logps_and_entropies(model, fact, temperature)
+        untempered, _ = logps_and_entropies(model, fact)
         length = len(fact["ids"])
         denominator = {
             "grpo": rows * length,
@@ -119,14 +128,15 @@ def objective(model, ref_model, facts, old_logps, loss_type, beta, entropy_coef,
         }[loss_type]
         given = fact["given"]
         if fact["counts"]:
-            loss = loss + weight * term(logps[:given], fact["advantage"]).sum() / denominator
+            behavior = torch.tensor(fact["behavior"])[:given] if "behavior" in fact else 0.0
+            loss = loss + weight * term(untempered[:given] - behavior, fact["advantage"]).sum() / denominator
         if given == length:
             continue
         logps, old, entropies = logps[given:], old[given:], entropies[given:]
         ratio = (logps - old).exp()
         loss = loss + on_policy_token_losses(loss_type, ratio, fact["advantage"], logps).sum() / denominator
         if beta:
-            ref = logps_and_entropies(ref_model, fact)[0].detach()[given:]
+            ref = logps_and_entropies(ref_model, fact, temperature)[0].detach()[given:]
             # weighted by the ratio: GRPOConfig.use_bias_correction_kl, on by default
             kl = (ratio * ((ref - logps).exp() - (ref - logps) - 1)).sum()
             # Types that average over tokens first take the KL's mean over those it acts on, as TRL does with tools
@@ -148,7 +158,7 @@ def perturb(model, seed=1, scale=0.02):
 
 def check(
     trainer, rows, loss_type, beta=0.0, entropy_coef=0.0, term=REGULARIZED, weight=1.0,
-    accumulation=1, **guidance,
+    accumulation=1, temperature=1.0, **guidance,
 ):  # fmt: skip
     model = trainer.model
     model.train()
@@ -157,22 +167,27 @@ def check(
     inputs = trainer._prepare_inputs(batch)
     facts = whole_batch(trainer, model, rows, **guidance)
     with torch.no_grad():
-        old_logps = [logps_and_entropies(model, fact)[0] for fact in facts]
+        old_logps = [logps_and_entropies(model, fact, temperature)[0] for fact in facts]
     perturb(model)  # ratios other than 1, so that clipping acts
 
     trainer.compute_loss(model, inputs).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     loss = trainer.compute_loss(model, inputs).detach()
 
     model.zero_grad()
     micro_batches = trainer.args.steps_per_generation
     expected = objective(
-        model, trainer.ref_model, facts, old_logps, loss_type, beta, entropy_coef, micro_batches, term, weight
-    )
+        model, trainer.ref_model, facts, old_logps, loss_type, beta, entropy_coef, micro_batches, term, weight,
+        temperature,
+    )  # fmt: skip
     expected = expected / accumulation  # every micro-batch is that part of its step
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-7)
+    assert gradients
     for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            assert name not in gradients
+            continue
         difference = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
         assert difference < 1e-5, f"{name}: relative difference {difference:.2e}"
     return facts
@@ -279,6 +294,76 @@ def test_a_weight_that_fades(make_trainer, rows, schedule, weight):
 def test_demonstration_weight_scales_the_off_policy_term(make_trainer, rows):
     trainer = make_trainer(rows, demonstration_weight=0.3, **MISALIGNED)
     check(trainer, rows, "dr_grpo", weight=0.3)
+
+
+# Temperatures other than 1: rollouts are of the policy at that temperature, demonstrations of the policy itself
+
+SHAPINGS = {
+    "regularized": regularized,
+    "identity": lambda r: r,
+    "power": lambda r: r**0.5,
+    "log": torch.log,
+}
+TEMPERATURES = [0.7, 1.3]
+
+
+@pytest.mark.parametrize("shaping", SHAPINGS)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("with_behavior", [False, True])
+def test_demonstrations_are_scored_at_temperature_one(
+    make_trainer, rows, tokenizer, shaping, temperature, with_behavior
+):
+    if with_behavior:
+        lengths = [len(tokenizer(text + tokenizer.eos_token)["input_ids"]) for text in rows["completion"]]
+        rows = rows.add_column("completion_logps", [[-0.1 * (i + 1) for i in range(length)] for length in lengths])
+    trainer = make_trainer(rows, shaping=shaping, temperature=temperature, beta=0.1, entropy_coef=0.05, **MISALIGNED)
+    term = importance_sampling(SHAPINGS[shaping])
+    check(trainer, rows, "dr_grpo", beta=0.1, entropy_coef=0.05, term=term, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_an_sft_loss_is_of_the_policy_itself(make_trainer, rows, loss_type, temperature):
+    options = {"demonstration_loss": "sft", "advantage_baseline": "on_policy", "temperature": temperature}
+    trainer = make_trainer(rows, loss_type=loss_type, **options, **MISALIGNED)
+    check(trainer, rows, loss_type, term=sft, baseline="on_policy", temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    "options", [{"packed_forward": True}, {"prefix_max": 0.6}, {"prefix_max": 0.6, "packed_forward": True}]
+)
+def test_temperature_is_a_tokens_own(make_trainer, rows, options):
+    """Packed rows too, and rows of which a part is a demonstration's."""
+    trainer = make_trainer(rows, temperature=0.7, beta=0.1, entropy_coef=0.05, **options, **MISALIGNED)
+    ratio = options.get("prefix_max", 1.0)
+    check(trainer, rows, "dr_grpo", beta=0.1, entropy_coef=0.05, ratio=ratio, temperature=0.7)
+
+
+TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+HEADS = {
+    "bias": (PhiForCausalLM, PhiConfig, {}),
+    "cap": (Gemma2ForCausalLM, Gemma2Config, {"final_logit_softcapping": 2.0, "head_dim": 8}),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_whatever_a_model_makes_of_its_logits(config, rows, tokenizer, head):
+    """A bias, a cap and a scale come before the temperature: no scaling of hidden states would undo it."""
+    torch.manual_seed(0)
+    model_class, config_class, options = HEADS[head]
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = model_class(config_class(vocab_size=len(tokenizer), num_key_value_heads=1, **options, **TINY, **ids))
+    if head == "bias":
+        torch.nn.init.normal_(model.lm_head.bias)
+    args = config(temperature=0.7, **MISALIGNED)
+    trainer = LuffyTrainer(model, letters_reward, args, train_dataset=rows, processing_class=tokenizer)
+    check(trainer, rows, "dr_grpo", temperature=0.7)
+
+
+def test_an_adapter_at_another_temperature(make_trainer, rows):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    trainer = make_trainer(rows, temperature=1.3, trainer_options={"peft_config": lora}, **MISALIGNED)
+    check(trainer, rows, "dr_grpo", temperature=1.3)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.0])

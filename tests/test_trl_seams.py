@@ -55,6 +55,8 @@ def test_the_constructor_takes_what_is_checked():
         # what `_generate_and_score_completions` relies on: rows in order, and keys of the batch
         ("_generate_and_score_completions", ['"completion_mask": completion_mask', '"advantages": advantages']),
         ("_generate_and_score_completions", ["num_items_in_batch = self.accelerator.gather(loss_mask.sum()).sum()"]),
+        # what evaluation sets' names rely on
+        ("log", ['metrics = {f"eval_{key}": val for key, val in metrics.items()}', "self._metrics[mode].clear()"]),
         # NaN sampling log-probs are an importance ratio of 1
         ("_generate_and_score_completions", ["torch.nan_to_num(per_token_logps_diff, nan=0.0)"]),
     ],

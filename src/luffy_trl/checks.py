@@ -5,22 +5,26 @@ functions. Warnings are sentences; a check that only warns never ends a run.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
+from trl.trainer.utils import get_callable_name, get_config_model_id
 
-from .advantages import Outcome
+from .advantages import ANSWER_REWARDS, SOLVED_SLACK, TOTAL, Outcome, deciding_reward
 from .config import LuffyConfig
 from .data.loading import first_rows
+from .demonstrations.agreement import first_disagreements
 from .demonstrations.encoding import (
     DROPPED_COLUMN,
     ENCODED_COLUMNS,
     SOURCE_COLUMNS,
     TRUNCATED_COLUMN,
     USABLE_COLUMN,
+    DemonstrationEncoder,
     column_names,
 )
 from .demonstrations.placement import Placement
@@ -33,6 +37,8 @@ RESERVED_COLUMNS = ("prompts", "completions")
 ALWAYS_GIVEN = {
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments",
 }  # fmt: skip
+# Columns that TRL keeps from them
+NEVER_GIVEN = ("prompt", "completion", "completion_ids")
 READ_MESSAGES = (accuracy_reward, reasoning_accuracy_reward, think_format_reward)
 
 
@@ -48,15 +54,9 @@ def check_options(arguments: dict[str, Any], args: LuffyConfig) -> None:
     Raises:
         ValueError: naming the option or the column.
     """
-    train_dataset, eval_dataset = arguments.get("train_dataset"), arguments.get("eval_dataset")
-    named = {"train_dataset": train_dataset}
-    if isinstance(eval_dataset, dict):
-        named |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
-    else:
-        named["eval_dataset"] = eval_dataset
-    for name, dataset in named.items():
-        if isinstance(dataset, Dataset | IterableDataset):
-            _check_columns(name, column_names(dataset), arguments.get("environment_factory") is not None)
+    train_dataset = arguments.get("train_dataset")
+    for name, dataset in named_datasets(arguments).items():
+        _check_columns(name, column_names(dataset), arguments.get("environment_factory") is not None)
     if isinstance(train_dataset, Dataset):
         _check_size(train_dataset, args)
     columns = column_names(train_dataset) if isinstance(train_dataset, Dataset | IterableDataset) else None
@@ -68,6 +68,17 @@ def check_options(arguments: dict[str, Any], args: LuffyConfig) -> None:
             if args.demonstration_source == "dataset":
                 _check_demonstration_columns(columns)
             _check_columns_beside_demonstrations(columns)
+
+
+def named_datasets(arguments: dict[str, Any]) -> dict[str, Dataset | IterableDataset]:
+    """Those of the trainer's arguments, as messages call them."""
+    eval_dataset = arguments.get("eval_dataset")
+    named = {"train_dataset": arguments.get("train_dataset")}
+    if isinstance(eval_dataset, dict):
+        named |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    else:
+        named["eval_dataset"] = eval_dataset
+    return {name: dataset for name, dataset in named.items() if isinstance(dataset, Dataset | IterableDataset)}
 
 
 def _check_size(train_dataset: Dataset, args: LuffyConfig) -> None:
@@ -158,25 +169,67 @@ def check_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 # The reward functions
 
 
+def check_rewards(arguments: dict[str, Any], args: LuffyConfig) -> None:
+    """Refuse reward functions that could not be called, or not decide what is solved, before a model is loaded.
+
+    Args:
+        arguments: of the trainer's constructor, by name.
+
+    Raises:
+        ValueError: naming the function and what it needs, or the option.
+    """
+    given = arguments.get("reward_funcs") or []
+    functions = given if isinstance(given, list) else [given]
+    if arguments.get("environment_factory") is None:  # whose own rewards, and their names, come later
+        deciding_reward([reward_name(function) for function in functions], args.solved_reward)
+    if arguments.get("rollout_func"):  # which may bring what a function needs
+        return
+    called = [f for f in functions if not isinstance(f, str | torch.nn.Module)]
+    for name, dataset in named_datasets(arguments).items():
+        withheld = list(SOURCE_COLUMNS) if args.num_demonstrations > 0 else []
+        if args.remove_unused_columns:
+            withheld = [column for column in column_names(dataset) if column not in ("image", "images")]
+        check_reward_inputs(called, dataset, "The reward function", f"`{name}`", withheld)
+
+
+def reward_name(function: Callable | str) -> str:
+    """What TRL calls a reward function, or a reward model."""
+    if isinstance(function, str):
+        return function.split("/")[-1]
+    if isinstance(function, torch.nn.Module):
+        return get_config_model_id(function.config).split("/")[-1]
+    return get_callable_name(function)
+
+
 def check_reward_inputs(
-    functions: Sequence[Callable], dataset: Dataset | IterableDataset, option: str, where: str
+    functions: Sequence[Callable],
+    dataset: Dataset | IterableDataset,
+    option: str,
+    where: str,
+    withheld: Collection[str] = (),
 ) -> None:
     """
     Args:
         option, where: what to call the functions and the dataset in messages.
+        withheld: columns that reward functions are not given, beside `NEVER_GIVEN`.
 
     Raises:
         ValueError: naming a function that needs a column which is not there, or messages where there are texts.
     """
     [first] = first_rows(dataset, 1, where)
     for function in functions:
-        name = getattr(function, "__name__", type(function).__name__)
-        missing = [column for column in needed_columns(function) if column not in first]
-        if missing:
-            raise ValueError(
-                f"{option} {name} needs the column {missing[0]!r}, and {where} has only {', '.join(first)}. Rename or "
-                "add it."
-            )
+        name = reward_name(function)
+        for column in needed_columns(function):
+            if column not in first:
+                raise ValueError(
+                    f"{option} {name} needs the column {column!r}, and {where} has only {', '.join(first)}. Rename or "
+                    "add it."
+                )
+            if column in NEVER_GIVEN or column in withheld:
+                raise ValueError(
+                    f"{option} {name} needs the column {column!r} of {where}, which reward functions are not given. "
+                    "Take `prompts` and `completions`, or a column of another name."
+                )
         if function in READ_MESSAGES and isinstance(first.get("prompt"), str):
             raise ValueError(
                 f"{option} {name} reads conversations, and the prompts of {where} are plain texts. Make `prompt` and "
@@ -188,14 +241,74 @@ def check_reward_inputs(
 def needed_columns(function: Callable) -> list[str]:
     """Those that it names in `columns`, and the arguments without a default, which TRL fills from columns."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # compiled code: nobody knows what it needs
+        parameters = []
     return list(getattr(function, "columns", ())) + [
         parameter.name
-        for parameter in inspect.signature(function).parameters.values()
+        for parameter in parameters
         if parameter.default is parameter.empty and parameter.kind in named and parameter.name not in ALWAYS_GIVEN
     ]
 
 
-# What is said of encoded demonstrations
+def solved_warnings(names: Sequence[str], weights: Sequence[float], args: LuffyConfig) -> list[str]:
+    """A sentence where a completion could count as solved without being right.
+
+    Args:
+        names, weights: of the reward functions, each taken to give at most 1.
+    """
+    if len(names) < 2:
+        return []
+    how = "Set solved_reward to the name of the one that decides (and solved_threshold to its value)"
+    answers = [name for name in names if name in ANSWER_REWARDS]
+    if deciding_reward(names, args.solved_reward) is not None:
+        if args.solved_reward is None and len(answers) > 1:
+            return [f"Of {' and '.join(answers)}, {answers[0]} decides what is solved. {how}, if it is another one."]
+        return []
+    threshold = args.solved_threshold
+    most = sum(max(weight, 0.0) for weight in weights)
+    weight, missed = min((weight, name) for weight, name in zip(weights, names, strict=True))
+    can_miss = most - max(weight, 0.0) >= threshold - SOLVED_SLACK
+    if args.solved_reward is None:
+        message = (
+            f"Solved, for success_gate, replay and groups/*, is a weighted total reward of at least {threshold:g}: "
+            f"none of {', '.join(names)} is known to judge answers"
+        )
+    elif can_miss:
+        message = f"solved_reward={TOTAL!r} counts a weighted total of at least {threshold:g} as solved"
+    else:
+        return []
+    without = f", and the others can reach it without {missed}" if can_miss else ""
+    return [f"{message}{without}. {how}."]
+
+
+# What is said of demonstrations
+
+
+def source_warnings(
+    dataset: Dataset | IterableDataset,
+    encoded: Dataset | IterableDataset,
+    encoder: DemonstrationEncoder,
+    args: LuffyConfig,
+) -> list[str]:
+    """Sentences on where demonstrations come from.
+
+    Args:
+        dataset, encoded: before and after the source was opened.
+
+    Raises:
+        ValueError: if no prompt has a usable demonstration.
+    """
+    if args.demonstration_source == "replay":
+        return unused_columns(dataset)
+    if args.demonstration_source != "dataset":
+        return []
+    is_table = isinstance(encoded, Dataset)
+    messages = check_encoded(encoded, encoder.max_length, args.demonstration_overflow) if is_table else []
+    return messages + first_disagreements(
+        encoder.processing_class, encoder.eos_token_ids, dataset, encoder.chat_template_kwargs
+    )
 
 
 def check_encoded(dataset: Dataset, max_completion_length: int, overflow: str) -> list[str]:

@@ -97,10 +97,24 @@ class LuffyConfig(NoTokenInPickles, PaddingFreeConfig, HubPushConfig):
     success_gate: float | None = field(
         default=None,
         metadata={
-            "help": "Demonstrations count only in groups in which at most this share of the rollouts is solved (a "
-            "total reward of at least 1), from 0 (none) to 1: elsewhere they enter neither the loss nor the "
-            "baseline. Default None: in all groups, the paper's."
+            "help": "Demonstrations count only in groups in which at most this share of the rollouts is solved (see "
+            "solved_reward), from 0 (none) to 1: elsewhere they enter neither the loss nor the baseline. Default "
+            "None: in all groups, the paper's."
         },
+    )
+    solved_reward: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the reward function that says whether a completion is solved (for success_gate, replay "
+            "and groups/*), by its value without its weight, or 'total', the weighted sum of all. Default: the only "
+            "one; of several the first that judges answers (math_reward, math_reward_optional_thought, "
+            "choice_reward, accuracy_reward, reasoning_accuracy_reward, letter_walk_reward), or else 'total', with a "
+            "warning."
+        },
+    )
+    solved_threshold: float = field(
+        default=1.0,
+        metadata={"help": "From what value of solved_reward on a completion is solved. Default 1."},
     )
     prefix_strategy: str = field(
         default="fixed",
@@ -146,8 +160,8 @@ class LuffyConfig(NoTokenInPickles, PaddingFreeConfig, HubPushConfig):
     replay_start: float = field(
         default=0.35,
         metadata={
-            "help": "Replay starts when this share of a generation's rollouts is solved (a total reward of at least "
-            "1) for the first time, 0 to 1. Default 0.35, ExGRPO's."
+            "help": "Replay starts when this share of a generation's rollouts is solved (see solved_reward) for the "
+            "first time, 0 to 1. Default 0.35, ExGRPO's."
         },
     )
     replay_capacity: int = field(
@@ -225,6 +239,8 @@ class LuffyConfig(NoTokenInPickles, PaddingFreeConfig, HubPushConfig):
             _check_positive(name, getattr(self, name))
         if not (math.isfinite(self.demonstration_weight) and self.demonstration_weight >= 0):
             raise ValueError(f"demonstration_weight={self.demonstration_weight} must be a finite number, 0 or above.")
+        if not math.isfinite(self.solved_threshold):
+            raise ValueError(f"solved_threshold={self.solved_threshold} must be a finite number.")
         if self.replay_capacity < 1:
             raise ValueError(f"replay_capacity={self.replay_capacity} must be 1 or above.")
         if self.num_demonstrations < 0:

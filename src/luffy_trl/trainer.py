@@ -6,7 +6,6 @@ What is LUFFY's is here and in three modules of pure torch: `advantages.py` (whi
 
 import dataclasses
 import inspect
-import math
 import os
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -21,24 +20,19 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl import GRPOTrainer
 
-from .advantages import Outcome, credit, total_rewards
+from .advantages import Outcome, credit, credit_each, deciding_reward, total_rewards
 from .checks import (
-    check_encoded,
     check_eos,
     check_options,
+    check_rewards,
     first_generation_warnings,
     overflow_warnings,
-    unused_columns,
+    solved_warnings,
+    source_warnings,
 )
 from .config import LuffyConfig
-from .demonstrations.agreement import beyond_window, first_disagreements
-from .demonstrations.encoding import (
-    ROW_COLUMN,
-    DemonstrationEncoder,
-    column_names,
-    encode_dataset,
-    without_demonstrations,
-)
+from .demonstrations.agreement import beyond_window
+from .demonstrations.encoding import ROW_COLUMN, DemonstrationEncoder, without_demonstrations
 from .demonstrations.placement import (
     Generation,
     behavior_logps,
@@ -47,31 +41,40 @@ from .demonstrations.placement import (
     merge_completions,
     off_policy_mask,
 )
-from .demonstrations.replay import ReplayBuffer
 from .demonstrations.schedules import prefix_ratio, weight_factor
-from .demonstrations.sources import (
-    DatasetSource,
-    DemonstrationSource,
-    FunctionSource,
-    NoSource,
-    ReplaySource,
-    get_source_function,
-    remember_solved,
-)
+from .demonstrations.sources import DemonstrationSource, NoSource, open_source, remember_solved
 from .hub.mixin import HubPushMixin
 from .metrics import Means, Stopwatch, group_metrics, length_sums, source_sums, token_sums
 from .objective import demonstration_term, hide_demonstrations, off_policy_loss, token_denominator
 from .padding.mixin import PaddingFreeMixin
 from .rewards.checked import checked
 from .runs.best import BestByRewardMixin
+from .runs.evaluations import EvaluationSetsMixin
 from .runs.mixin import WholeCheckpointMixin
 from .runs.stopping import bound_waiting
+from .temperature import DemonstrationsAtOne
 
 
 logger = get_logger(__name__)
 
 
-class LuffyTrainer(PaddingFreeMixin, BestByRewardMixin, WholeCheckpointMixin, HubPushMixin):
+# For the model card
+LUFFY_PAPER = {
+    "title": "Learning to Reason under Off-Policy Guidance",
+    "id": "2504.14945",
+    # docstyle-ignore
+    "citation": textwrap.dedent("""\
+        @article{yan2025luffy,
+            title        = {{Learning to Reason under Off-Policy Guidance}},
+            author       = {Jianhao Yan and Yafu Li and Zican Hu and Zhi Wang and Ganqu Cui and Xiaoye Qu and
+                            Yu Cheng and Yue Zhang},
+            year         = 2025,
+            eprint       = {arXiv:2504.14945},
+        }"""),
+}
+
+
+class LuffyTrainer(PaddingFreeMixin, EvaluationSetsMixin, BestByRewardMixin, WholeCheckpointMixin, HubPushMixin):
     """
     GRPO with demonstrations in each group (LUFFY, arXiv 2504.14945). With `num_demonstrations=0` it is `GRPOTrainer`.
 
@@ -90,6 +93,7 @@ class LuffyTrainer(PaddingFreeMixin, BestByRewardMixin, WholeCheckpointMixin, Hu
 
     Its parents know nothing of LUFFY: [`~luffy_trl.padding.mixin.PaddingFreeMixin`] leaves out padding,
     [`~luffy_trl.runs.best.BestByRewardMixin`] chooses the best model by the reward,
+    [`~luffy_trl.runs.evaluations.EvaluationSetsMixin`] keeps the metrics of several evaluation sets apart,
     [`~luffy_trl.runs.mixin.WholeCheckpointMixin`] writes checkpoints that are whole or not there,
     [`~luffy_trl.hub.mixin.HubPushMixin`] pushes.
 
@@ -117,19 +121,7 @@ class LuffyTrainer(PaddingFreeMixin, BestByRewardMixin, WholeCheckpointMixin, Hu
 
     _tag_names = ["trl", "grpo", "luffy"]
     _name = "LUFFY"
-    _paper = {
-        "title": "Learning to Reason under Off-Policy Guidance",
-        "id": "2504.14945",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{yan2025luffy,
-                title        = {{Learning to Reason under Off-Policy Guidance}},
-                author       = {Jianhao Yan and Yafu Li and Zican Hu and Zhi Wang and Ganqu Cui and Xiaoye Qu and
-                                Yu Cheng and Yue Zhang},
-                year         = 2025,
-                eprint       = {arXiv:2504.14945},
-            }"""),
-    }
+    _paper = LUFFY_PAPER
     # TRL looks for its template in a folder of its own
     _template_file = os.path.relpath(
         str(files("luffy_trl") / "hub" / "model_card.md"), str(files("trl") / "templates")
@@ -148,6 +140,7 @@ class LuffyTrainer(PaddingFreeMixin, BestByRewardMixin, WholeCheckpointMixin, Hu
             raise TypeError(f"`args` is a {type(args).__name__}; LuffyTrainer takes a LuffyConfig.")
         bound = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *trl_args, **trl_kwargs)
         check_options(bound.arguments, args)
+        check_rewards(bound.arguments, args)
         self.num_demonstrations = args.num_demonstrations
         # What is under way, None outside of it: see `_generating` and `_keeping_forward`
         self._generation: Generation | None = None
@@ -161,7 +154,10 @@ class LuffyTrainer(PaddingFreeMixin, BestByRewardMixin, WholeCheckpointMixin, Hu
         ]
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
             bound_waiting(self.vllm_generation.vllm_client.session, args.ddp_timeout)
-        for message in beyond_window(self.model.config, args.max_completion_length):
+        # The reward function by which a completion is solved; None: the total
+        self._deciding = deciding_reward(self.reward_func_names, args.solved_reward)
+        messages = solved_warnings(self.reward_func_names, self.reward_weights.tolist(), args)
+        for message in messages + beyond_window(self.model.config, args.max_completion_length):
             logger.warning(message)
         self._means = Means(partial(self.accelerator.reduce, reduction="sum"), self.accelerator.device)
         self._stopwatch = Stopwatch()
@@ -169,6 +165,9 @@ class LuffyTrainer(PaddingFreeMixin, BestByRewardMixin, WholeCheckpointMixin, Hu
         if self.num_demonstrations > 0:
             check_eos(self._tokenizer)
             self._source, self.train_dataset = self._open_source(self.train_dataset)
+            # Past solutions of the policy itself were sampled at this temperature
+            temperature = 1.0 if self._source.uses_rollouts else self.temperature
+            self._at_one = DemonstrationsAtOne(self.model, temperature, args.cast_lm_head_to_fp32)
 
     # 1. Place demonstrations; let TRL sample and grade the rest; credit and annotate
 
@@ -185,15 +184,18 @@ class LuffyTrainer(PaddingFreeMixin, BestByRewardMixin, WholeCheckpointMixin, Hu
         # Of a row with a prefix the rest is the policy's, but it is no rollout of the prompt alone
         facts = torch.stack([lengths > 0, lengths < mask.sum(1)], dim=1)  # (B, 2)
         has_demonstration, is_continued = self.accelerator.gather(facts).unbind(1)  # (N,), rows of all processes
-        rewards = total_rewards(generation.rewards_per_func, self.reward_weights)  # (N,)
-        outcome = Outcome.of(rewards, has_demonstration, self.num_generations, self.args.success_gate)
+        per_func = generation.rewards_per_func  # (N, F)
+        rewards = total_rewards(per_func, self.reward_weights)  # (N,)
+        judged = rewards if self._deciding is None else per_func[:, self._deciding]  # (N,)
+        args, group_size = self.args, self.num_generations
+        outcome = Outcome.of(rewards, has_demonstration, group_size, args.success_gate, judged, args.solved_threshold)
 
         if self.num_demonstrations > 0:
             output["off_policy_mask"] = off_policy_mask(lengths, mask)
-            factor = weight_factor(self.args.demonstration_weight_schedule, self._progress())
-            output["off_policy_weight"] = self._own(outcome.counts) * (self.args.demonstration_weight * factor)
-            if self.args.advantage_baseline == "on_policy" or self.args.success_gate is not None:
-                output["advantages"] = self._credited(output["advantages"], outcome, is_continued)
+            factor = weight_factor(args.demonstration_weight_schedule, self._progress())
+            output["off_policy_weight"] = self._own(outcome.counts) * (args.demonstration_weight * factor)
+            if args.advantage_baseline == "on_policy" or args.success_gate is not None:
+                output["advantages"] = self._credited(output["advantages"], per_func, outcome, is_continued)
             if self._source.gives_logps:
                 output["behavior_logps"] = behavior_logps(placed, mask)
             if self._source.uses_rollouts:
@@ -251,18 +253,24 @@ class LuffyTrainer(PaddingFreeMixin, BestByRewardMixin, WholeCheckpointMixin, Hu
             generation.rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             return generation.rewards_per_func
 
-    def _credited(self, advantages: torch.Tensor, outcome: Outcome, is_continued: torch.Tensor) -> torch.Tensor:
+    def _credited(
+        self, advantages: torch.Tensor, per_func: torch.Tensor, outcome: Outcome, is_continued: torch.Tensor
+    ) -> torch.Tensor:
         """This process's advantages `(B,)`, on the baseline and the scale of the rows that count.
 
         Args:
             advantages: TRL's, `(B,)`.
+            per_func: rewards, `(N, F)`.
             is_continued: `(N,)`, rows in which the policy wrote something.
         """
         # An SFT loss does not look at a demonstration's reward, but what the policy made of its beginning is graded
-        graded = is_continued | (self.args.demonstration_loss != "sft")
-        scale = self.scale_rewards if self.multi_objective_aggregation == "sum_then_normalize" else "none"
-        gathered = self.accelerator.gather(advantages)  # (N,)
-        credited = credit(gathered, outcome, self.args.advantage_baseline, scale, graded)
+        args = self.args
+        graded = is_continued | (args.demonstration_loss != "sft")
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            credited = credit_each(per_func, self.reward_weights, outcome, args.advantage_baseline, graded)
+        else:
+            gathered = self.accelerator.gather(advantages)  # (N,)
+            credited = credit(gathered, outcome, args.advantage_baseline, self.scale_rewards, graded)
         self._logs["advantages"].extend(credited.tolist())  # as many as the table holds: TRL's go out of it
         return self._own(credited)
 
@@ -299,7 +307,7 @@ class LuffyTrainer(PaddingFreeMixin, BestByRewardMixin, WholeCheckpointMixin, Hu
 
         mask, off_policy = inputs["completion_mask"].bool(), inputs["off_policy_mask"]  # (B, T)
         seen, whole = self._denominator(inputs, mask & ~off_policy), self._denominator(inputs, mask)  # (B, 1)
-        with self._keeping_forward() as forward:
+        with self._keeping_forward() as forward, self._at_one(inputs):
             loss = super()._compute_loss(model, hide_demonstrations(inputs, seen, whole))
         logps, entropies = forward  # (B, T)
         per_token_loss = self._demonstration_loss(logps.masked_fill(~off_policy, 0.0), inputs)  # (B, T)
@@ -382,28 +390,16 @@ class LuffyTrainer(PaddingFreeMixin, BestByRewardMixin, WholeCheckpointMixin, Hu
 
     def _open_source(self, dataset):
         """The source of demonstrations, and the dataset with the columns that it needs."""
-        args, name, longest = self.args, self.args.demonstration_source, self.max_completion_length
-        tokenizer, template_options = self.processing_class, self.chat_template_kwargs
+        args, accelerator = self.args, self.accelerator
+        tokenizer, ends, longest = self.processing_class, self.eos_token_ids, self.max_completion_length
         encoder = DemonstrationEncoder(
-            tokenizer, self.eos_token_ids, longest, args.demonstration_overflow, template_options
+            tokenizer, ends, longest, args.demonstration_overflow, self.chat_template_kwargs
         )
-        source: DemonstrationSource
-        if name == "dataset":
-            raw, dataset = dataset, encode_dataset(dataset, encoder, self.accelerator.main_process_first())
-            is_table = isinstance(dataset, Dataset)
-            source = DatasetSource("completion_logps" in column_names(raw), overflow_is_known=is_table)
-            messages = check_encoded(dataset, longest, args.demonstration_overflow) if is_table else []
-            messages += first_disagreements(tokenizer, self.eos_token_ids, raw, template_options)
-        elif name == "replay":
-            capacity = math.ceil(args.replay_capacity / self.accelerator.num_processes)
-            buffer = ReplayBuffer(capacity, args.replay_start, self.num_generations, longest)
-            source, messages = ReplaySource(dataset, buffer, args.replay_ratio), unused_columns(dataset)
-            dataset = source.dataset
-        else:
-            source, messages = FunctionSource(get_source_function(name), name, encoder), []
-        for message in messages:
+        first = accelerator.main_process_first()
+        source, prepared = open_source(dataset, encoder, args, accelerator.num_processes, first)
+        for message in source_warnings(dataset, prepared, encoder, args):
             logger.warning(message)
-        return source, dataset
+        return source, prepared
 
     def _save_own_state(self, checkpoint: Path) -> None:
         self._source.save(checkpoint, self.accelerator.process_index, self.accelerator.num_processes)

@@ -6,16 +6,18 @@ checkpoint.
 """
 
 import json
+import math
 import random
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ..runs.imports import named_function
 from .encoding import (
@@ -25,9 +27,15 @@ from .encoding import (
     TRUNCATED_COLUMN,
     Demonstration,
     DemonstrationEncoder,
+    column_names,
+    encode_dataset,
 )
 from .placement import Placement, Row, fill_groups, place_demonstrations
 from .replay import ReplayBuffer, Trajectory
+
+
+if TYPE_CHECKING:
+    from ..config import LuffyConfig
 
 
 # From a row of the dataset to its demonstrations: each a str, a list with one assistant message, or a `Demonstration`
@@ -260,6 +268,31 @@ class ReplaySource(DemonstrationSource):
 
     def load(self, checkpoint: Path, process: int, processes: int) -> None:
         self.buffer.load(checkpoint, process, processes, _identity(self.dataset))
+
+
+def open_source(
+    dataset: Dataset | IterableDataset,
+    encoder: DemonstrationEncoder,
+    args: "LuffyConfig",
+    processes: int,
+    first: AbstractContextManager,
+) -> tuple[DemonstrationSource, Dataset | IterableDataset]:
+    """The source that `demonstration_source` names, and the dataset with the columns that it needs.
+
+    Args:
+        processes: that share the replay buffer's capacity.
+        first: see `encode_dataset`.
+    """
+    if args.demonstration_source == "dataset":
+        gives_logps, is_table = "completion_logps" in column_names(dataset), isinstance(dataset, Dataset)
+        return DatasetSource(gives_logps, overflow_is_known=is_table), encode_dataset(dataset, encoder, first)
+    if args.demonstration_source == "replay":
+        capacity = math.ceil(args.replay_capacity / processes)
+        buffer = ReplayBuffer(capacity, args.replay_start, args.num_generations, encoder.max_length)
+        source = ReplaySource(dataset, buffer, args.replay_ratio)
+        return source, source.dataset
+    function = get_source_function(args.demonstration_source)
+    return FunctionSource(function, args.demonstration_source, encoder), dataset
 
 
 def _identity(dataset: Dataset) -> str:
