@@ -88,6 +88,7 @@ LEAKING: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"],
         "linear_head_dim": 8,
         "linear_num_heads": 4,
+        "num_key_value_heads": 4,
         "kv_lora_rank": 8,
         "qk_rope_head_dim": 4,
         "qk_nope_head_dim": 8,
