@@ -19,6 +19,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from tqdm import tqdm
 from transformers import logging
 from trl import GRPOConfig, GRPOTrainer
 from update_phase import make_groups, make_model, make_tokenizer, reward, to_text
@@ -92,11 +93,11 @@ def main() -> None:
             "TRL": make_trainer(GRPOTrainer, GRPOConfig, groups, args, directory),
             "LUFFY": make_trainer(LuffyTrainer, LuffyConfig, groups, args, directory, **luffy_options),
         }
-        for run in range(args.runs + 1):  # the first is a warm-up
-            for name, trainer in trainers.items():
-                took = one_generation(trainer)
-                if run > 0:
-                    seconds[name].append(took)
+        turns = [(run, name) for run in range(args.runs + 1) for name in trainers]
+        for run, name in tqdm(turns, desc="Generations of both trainers", unit="generation"):
+            took = one_generation(trainers[name])
+            if run > 0:  # the first is a warm-up
+                seconds[name].append(took)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rows = [[name, f"{medians[name]:.2f}", f"{min(v):.2f}-{max(v):.2f}"] for name, v in seconds.items()]
     print(text_table(["generation", "s", "min-max"], rows))

@@ -274,8 +274,9 @@ def run_grid(runs: list[Run], steps: int, test_size: int, workers: int, director
     log.parent.mkdir(parents=True, exist_ok=True)
     start, total = time.time(), len(runs)
     with multiprocessing.get_context("spawn").Pool(workers, initializer=quiet) as pool, log.open("a") as file:
-        for _, condition in groupby(runs, key=lambda run: run.condition):
+        for name, condition in groupby(runs, key=lambda run: run.condition):
             todo = [run for run in condition if run.key not in done]
+            print(f"{name}: {len(todo)} runs to do, a line each as they end", file=sys.stderr, flush=True)
             bases = {(run.task, run.diligence, run.seed): run for run in todo}
             pool.starmap(base_of, [(run, directory) for run in bases.values()], chunksize=1)
             rates = chosen_rates(done)

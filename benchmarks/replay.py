@@ -14,6 +14,7 @@ import json
 import platform
 import random
 import statistics
+import sys
 import tempfile
 import time
 from datetime import date
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from tqdm import tqdm, trange
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from luffy_trl import LuffyConfig, LuffyTrainer
@@ -41,7 +43,7 @@ def resident() -> int:
 
 
 def fill(buffer: ReplayBuffer, number: int, prompts: int, length: int, rng: np.random.Generator) -> None:
-    for i in range(number):
+    for i in trange(number, desc="Filling the buffer", unit=" trajectories"):
         row = i % prompts
         buffer.record([row], [int(rng.integers(0, GROUP))], [GROUP])
         logps = -rng.exponential(0.5, length).astype(np.float32)
@@ -109,6 +111,11 @@ def make_trainer(output_dir: str, prompts: int, length: int) -> Timed:
     return Timed(model, half_solved, args, train_dataset=dataset, processing_class=tokenizer)
 
 
+def count(bar: tqdm) -> None:
+    """For a hook, which must return nothing."""
+    bar.update()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trajectories", type=int, default=100_000)
@@ -129,6 +136,7 @@ def main() -> None:
         fill(buffer, options.trajectories // 5, options.prompts, options.tokens, rng)
         replaced = resident() - before
 
+        print("Saving and loading the buffer", file=sys.stderr)
         start = time.perf_counter()
         trainer._source.save(Path(directory), 0, 1)
         saving, peak = time.perf_counter() - start, resident() - before
@@ -137,9 +145,13 @@ def main() -> None:
         loading = time.perf_counter() - start
         buffer.started = True
 
-        paper_size = statistics.median(paper_size_seconds(trainer._source, options.tokens, rng) for _ in range(5))
+        rounds = trange(5, desc="Generations of the paper's size", unit="generation")
+        paper_size = statistics.median(paper_size_seconds(trainer._source, options.tokens, rng) for _ in rounds)
         trainer.watch()
-        trainer.train()
+        # a step takes minutes, most of them one token after the other
+        with tqdm(desc="Forward passes of two steps", unit="") as bar:
+            trainer.model.register_forward_hook(lambda *_: count(bar))
+            trainer.train()
         steps = [step for step, _ in trainer.steps]
         in_source = [source for _, source in trainer.steps]
 

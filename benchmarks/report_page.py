@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
+from tqdm import trange
 
 from luffy_trl.commands.report import PAGE, report
 from luffy_trl.reporting.panels import PANELS
@@ -34,7 +35,7 @@ def write_run(directory: Path) -> None:
     (directory / "completions").mkdir(parents=True)
     state = {"global_step": STEPS, "max_steps": STEPS, "log_history": history}
     (directory / "trainer_state.json").write_text(json.dumps(state))
-    for step in range(STEPS // KEPT_STEPS, STEPS + 1, STEPS // KEPT_STEPS):
+    for step in trange(STEPS // KEPT_STEPS, STEPS + 1, STEPS // KEPT_STEPS, desc="Completions", unit="file"):
         rows = {
             "step": step,
             "prompt": [f"Problem {i // 10} of step {step}" for i in range(ROWS)],
@@ -64,7 +65,7 @@ def main() -> None:
         print(report([Path(folder) / "run"], Path(folder), ROWS * KEPT_STEPS, None))
         page = Path(folder) / PAGE
         size = page.stat().st_size / 1e6
-        times = [load_ms(args.chromium, page) for _ in range(REPEATS)]
+        times = [load_ms(args.chromium, page) for _ in trange(REPEATS, desc="Drawing the page", unit="time")]
     print(f"{STEPS:,} steps, {ROWS * KEPT_STEPS:,} completions, {size:.1f} MB: drawn after {times} ms, ", end="")
     print(f"median {statistics.median(times):.0f}")
 

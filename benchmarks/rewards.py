@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
+from tqdm import tqdm
 from trl.rewards import reasoning_accuracy_reward
 
 from luffy_trl.reporting.tables_and_curves import text_table
@@ -99,7 +100,7 @@ def main() -> None:
     rng = random.Random(args.seed)
     golds, texts = load_problems(args.data, rng)
     seconds, agreement = defaultdict(list), defaultdict(list)
-    for run in range(args.runs + 1):
+    for run in tqdm(range(args.runs + 1), desc="Runs of both rewards", unit="run"):
         completions, solutions, truth = make_run(run, args, golds, texts, rng)
         for name, reward in REWARDS.items() if run % 2 else reversed(REWARDS.items()):
             start = time.perf_counter()

@@ -37,6 +37,7 @@ from pathlib import Path
 import datasets
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, logging
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import compute_flops_per_token, get_peak_flops
@@ -225,21 +226,22 @@ def synchronize(trainer: GRPOTrainer) -> None:
         torch.cuda.synchronize()
 
 
-def compare(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def compare(args: argparse.Namespace, description: str = "Steps of both trainers") -> dict[str, dict[str, float]]:
     groups = make_groups(args)
     with tempfile.TemporaryDirectory() as directory:
         trainers = {name: make_trainer(name, groups, args, directory) for name in ("TRL", "LUFFY")}
         counts = {}
         seconds, sampling = defaultdict(list), defaultdict(list)
-        for run in range(args.runs + 1):
-            for name, trainer in trainers.items():
-                if run == 1:  # the first is a warm-up
-                    counts[name] = TokenCount(trainer.model)
-                sampled_before = trainer.sampling_seconds
-                took = one_step(trainer)
-                if run > 0:
-                    seconds[name].append(took)
-                    sampling[name].append(trainer.sampling_seconds - sampled_before)
+        turns = [(run, name) for run in range(args.runs + 1) for name in trainers]
+        for run, name in tqdm(turns, desc=description, unit="step"):
+            trainer = trainers[name]
+            if run == 1:  # the first is a warm-up
+                counts[name] = TokenCount(trainer.model)
+            sampled_before = trainer.sampling_seconds
+            took = one_step(trainer)
+            if run > 0:
+                seconds[name].append(took)
+                sampling[name].append(trainer.sampling_seconds - sampled_before)
     results = {}
     for name, trainer in trainers.items():
         median = statistics.median(seconds[name])
@@ -312,7 +314,7 @@ def curve(args: argparse.Namespace) -> list[dict]:
             varied = argparse.Namespace(**{**vars(args), name: value})
             if name == "group_size":
                 varied.prompts = args.prompts * args.group_size // value  # as many rows
-            results = compare(varied)
+            results = compare(varied, description=f"{name}={value}")
             points.append({"varied": name, "value": value, "results": results})
             print(
                 f"{name}={value:<3} TRL {results['TRL']['seconds']:.2f} s, LUFFY {results['LUFFY']['seconds']:.2f} s, "
@@ -354,7 +356,8 @@ def main() -> None:
         print_whole_steps(results)
     else:
         # First, while this process is small: a new process's peak begins with its parent's
-        memory = {name: peak_memory(name) for name in ("TRL", "LUFFY")}
+        names = tqdm(("TRL", "LUFFY"), desc="Peak memory of two steps", unit="trainer")
+        memory = {name: peak_memory(name) for name in names}
         results = compare(args)
         for name in results:
             results[name]["memory_mib"] = memory[name]

@@ -6,13 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object, is_peft_model
 from torch.nn.functional import pad
+from transformers.utils.generic import is_flash_attention_requested
 from trl import GRPOConfig, GRPOTrainer
 
 from .micro_batches import COMPLETION_KEYS, Batch, drop_zero_advantages, optimizer_steps, order_by_length, trim
-from .packing import pack, unpack
+from .packing import accepted, boundaries, pack, unpack
+from .packing_check import COMPLETION_LENGTHS, Agreement, compare, mode, no_trace, probe
 
+
+logger = get_logger(__name__)
 
 # These divide a token's loss by the tokens of a generation, the others by the rows of a micro-batch
 LOSSES_OVER_TOKENS = ("dapo", "cispo", "vespo")
@@ -36,9 +41,10 @@ class PaddingFreeConfig(GRPOConfig):
     packed_forward: bool | None = field(
         default=None,
         metadata={
-            "help": "Run each micro-batch as one row of sequences without padding. Needs attention that keeps "
-            "packed sequences apart by their position ids. Default: on with flash attention, off elsewhere, where it "
-            "would be slower."
+            "help": "Run each micro-batch as one row of sequences without padding. Needs layers that keep packed "
+            "sequences apart, which is tried on two short ones before the first packed row. Default: on with flash "
+            "attention, off elsewhere, where it would be slower, and where it would not equal padded rows; True is "
+            "refused there."
         },
     )
     skip_zero_advantages: bool = field(
@@ -87,7 +93,9 @@ class PaddingFreeMixin(GRPOTrainer):
     No row leaves its optimizer step, and each process runs as many forward passes as the others.
 
     Raises:
-        ValueError: for `packed_forward` with images, or `skip_zero_advantages` with a loss over all rows.
+        ValueError: for `packed_forward=True` with a model that does not keep packed sequences apart, at construction,
+            or where the model is sharded with its first forward pass; for `skip_zero_advantages` with a loss over all
+            rows.
     """
 
     args: PaddingFreeConfig
@@ -102,7 +110,12 @@ class PaddingFreeMixin(GRPOTrainer):
                 "skip_zero_advantages=True cannot be combined with the auxiliary loss of this mixture of experts, "
                 "which is over all rows. Set one of skip_zero_advantages and router_aux_loss_coef to False or 0."
             )
-        self._packs = self._packing_is_on()
+        whole = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        self._backbone_forward = whole.base_model.forward
+        self._packs, self._packing_is_checked = self._packing_is_on(), False
+        # Now, where the model is whole already and a refusal is due; else with the first forward pass
+        if self.args.packed_forward and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self._check_packing()
         # What forward passes are for: the loss, or the log-probs of old and reference policy in a generation
         self._phase: Literal["loss", "generation"] = "loss"
         # Where the optimizer step under way began, and how many of its micro-batches were taken
@@ -186,6 +199,7 @@ class PaddingFreeMixin(GRPOTrainer):
         **images,
     ):
         forward = super()._get_per_token_logps_and_entropies
+        self._check_packing()
         if all(value is None for value in images.values()):
             if self._packs:
                 forward = self._packed_forward
@@ -229,13 +243,67 @@ class PaddingFreeMixin(GRPOTrainer):
         """The rows, with the last one again and again where another process has more. Collective."""
         return rows + rows[-1:] * (max(gather_object([len(rows)])) - len(rows))
 
+    # Packing
+
     def _packing_is_on(self) -> bool:
-        implementation = self.model.config.get_text_config()._attn_implementation
-        if self.args.packed_forward is None:
-            return "flash" in implementation
-        if self.args.packed_forward and self._is_vlm:
-            raise ValueError("packed_forward=True works for text models only, not with a processor for images.")
+        """Whether it is wanted; whether it is possible is checked."""
+        if self.args.packed_forward is None:  # flash attention of a package, or a kernel of the Hub
+            return is_flash_attention_requested(self.model.config.get_text_config())
         return self.args.packed_forward
+
+    def _check_packing(self) -> None:
+        """Pads from now on if this model does not keep packed sequences apart. Collective; does nothing again.
+
+        Raises:
+            ValueError: instead, where packing was asked for.
+        """
+        if self._packing_is_checked or not self._packs:
+            return
+        self._packing_is_checked = True  # before the forward passes of the check, which come by here
+        own = self._try_packing()
+        everywhere = gather_object([(own.holds, own.difference)])
+        if all(holds for holds, _ in everywhere):
+            return
+        self._packs = False
+        config = self.model.config
+        found = (
+            f"packed rows do not equal padded ones with this model ({config.model_type}, "
+            f"{config.get_text_config()._attn_implementation!r} attention): log-probs of two short sequences differ "
+            f"by up to {max(difference for _, difference in everywhere):.2g}"
+        )
+        if self.args.packed_forward:
+            raise ValueError(f"packed_forward=True cannot be used: {found}. Leave it out, and rows are padded.")
+        logger.warning(f"packed_forward is off, and rows are padded: {found}.")
+
+    def _try_packing(self) -> Agreement:
+        """Log-probs of two short sequences in a packed row against padded rows. Leaves model and generators alone."""
+        model, device = self.model, self.accelerator.device
+        special = {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}  # images' among them
+        vocabulary = range(min(len(self._tokenizer), model.config.get_text_config().vocab_size))
+        plain = [token for token in vocabulary if token not in special]
+        ids, other_ids, mask = probe(plain or vocabulary, device)
+        kept = max(COMPLETION_LENGTHS)
+
+        def scored(forward, ids: torch.Tensor) -> torch.Tensor:
+            with no_trace(device):  # each draws the same dropout
+                return forward(model, ids, mask, kept)[0].float()  # (2, T)
+
+        padded_forward = super()._get_per_token_logps_and_entropies
+        with mode(model, training=True):  # other kernels can run here
+            in_training = torch.stack([scored(self._packed_forward, x) for x in (ids, other_ids)])
+        with mode(model, training=False):
+            padded = scored(padded_forward, ids)
+            packed = torch.stack([scored(self._packed_forward, x) for x in (ids, other_ids)])
+        return compare(padded, packed[0], [in_training, packed], mask[:, -kept:], self._precision())
+
+    def _precision(self) -> Literal["single", "half"]:
+        """What forward passes round to. Quantized weights, which are no floats, are computed in half precision."""
+        is_single = (
+            all(parameter.dtype in (torch.float32, torch.float64) for parameter in self.model.parameters())
+            and self.accelerator.mixed_precision == "no"
+            and torch.get_float32_matmul_precision() == "highest"
+        )
+        return "single" if is_single else "half"
 
     def _packed_forward(
         self,
@@ -256,12 +324,14 @@ class PaddingFreeMixin(GRPOTrainer):
             labels = ids.clone()
             labels[:, :-logits_to_keep] = -100  # only completion tokens are scored
             packed_ids, position_ids = pack(ids, kept)  # (1, N)
+            # What keeps sequences apart: positions that restart, and for layers without positions their boundaries
+            apart = accepted(self._backbone_forward, {"position_ids": position_ids, **boundaries(kept)})
             with self.accelerator.autocast():
                 outputs = model(
                     input_ids=packed_ids,
-                    position_ids=position_ids,  # restart at each sequence, which keeps them apart
                     labels=labels[kept].unsqueeze(0),
                     fused_lm_head=True,
+                    **apart,
                     **options,
                 )
             # The model's outputs begin with the second token, (1, N - 1)
