@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
 from .advantages import Outcome
 from .config import LuffyConfig
 from .data.loading import first_rows
+from .demonstrations.agreement import LOOKED_AT, turn_endings
 from .demonstrations.encoding import (
     DROPPED_COLUMN,
     ENCODED_COLUMNS,
@@ -24,6 +26,8 @@ from .demonstrations.encoding import (
     column_names,
 )
 from .demonstrations.placement import Placement
+from .demonstrations.prompts import Reader, check_prompts
+from .rewards.signatures import misfit
 
 
 # TRL hands each dataset column to the reward functions by name, beside these arguments of its own
@@ -48,15 +52,13 @@ def check_options(arguments: dict[str, Any], args: LuffyConfig) -> None:
     Raises:
         ValueError: naming the option or the column.
     """
-    train_dataset, eval_dataset = arguments.get("train_dataset"), arguments.get("eval_dataset")
-    named = {"train_dataset": train_dataset}
-    if isinstance(eval_dataset, dict):
-        named |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
-    else:
-        named["eval_dataset"] = eval_dataset
-    for name, dataset in named.items():
-        if isinstance(dataset, Dataset | IterableDataset):
-            _check_columns(name, column_names(dataset), arguments.get("environment_factory") is not None)
+    for name, dataset in named_datasets(arguments).items():
+        _check_columns(name, column_names(dataset), arguments.get("environment_factory") is not None)
+        if isinstance(dataset, Dataset) and len(dataset) == 0 and name != "train_dataset":
+            raise ValueError(f"`{name}` has no rows. Add some, or leave it out (eval_strategy='no').")
+        if args.num_demonstrations > 0:
+            _check_names_are_free(name, column_names(dataset))
+    train_dataset = arguments.get("train_dataset")
     if isinstance(train_dataset, Dataset):
         _check_size(train_dataset, args)
     columns = column_names(train_dataset) if isinstance(train_dataset, Dataset | IterableDataset) else None
@@ -68,6 +70,17 @@ def check_options(arguments: dict[str, Any], args: LuffyConfig) -> None:
             if args.demonstration_source == "dataset":
                 _check_demonstration_columns(columns)
             _check_columns_beside_demonstrations(columns)
+
+
+def named_datasets(arguments: dict[str, Any]) -> dict[str, Dataset | IterableDataset]:
+    """Those of the trainer's constructor, by the names under which messages speak of them."""
+    train_dataset, eval_dataset = arguments.get("train_dataset"), arguments.get("eval_dataset")
+    named = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        named |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    else:
+        named["eval_dataset"] = eval_dataset
+    return {name: dataset for name, dataset in named.items() if isinstance(dataset, Dataset | IterableDataset)}
 
 
 def _check_size(train_dataset: Dataset, args: LuffyConfig) -> None:
@@ -139,12 +152,47 @@ def _check_columns_beside_demonstrations(columns: list[str]) -> None:
             "`train_dataset` has images, which are not supported together with demonstrations. Remove the column, or "
             "set num_demonstrations=0."
         )
+
+
+def _check_names_are_free(name: str, columns: list[str]) -> None:
     taken = [column for column in ENCODED_COLUMNS if column in columns]
     if taken:
-        raise ValueError(f"`train_dataset` has a column {taken[0]!r}, a name LuffyTrainer uses itself. Rename it.")
+        raise ValueError(f"`{name}` has a column {taken[0]!r}, a name LuffyTrainer uses itself. Rename it.")
 
 
-# The tokenizer
+# The model and its tokenizer
+
+
+def check_against_model(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    config: PretrainedConfig,
+    eos_token_ids: list[int] | None,
+    arguments: dict[str, Any],
+    args: LuffyConfig,
+) -> list[str]:
+    """Sentences on prompts of training and evaluation that the model reads otherwise than it should.
+
+    Args:
+        config: of the model, whose weights need not be there yet.
+        eos_token_ids: at which generation stops; None where that is not known yet.
+        arguments: of the trainer's constructor, by name.
+
+    Raises:
+        ValueError: naming row and field, for prompts that the model cannot read: see [`check_prompts`].
+    """
+    if arguments.get("rollout_func") is not None:  # it may take prompts of any kind
+        return []
+    window = args.vllm_max_model_length if args.use_vllm else None
+    reader = Reader(processing_class, config, args.chat_template_kwargs or {}, window)
+    messages = []
+    for name, dataset in named_datasets(arguments).items():
+        if "prompt" in column_names(dataset):
+            rows = dataset if isinstance(dataset, Dataset) else first_rows(dataset, LOOKED_AT, f"`{name}`")
+            of = "" if name == "train_dataset" else f" of `{name}`"
+            messages += check_prompts(reader, rows, of, args.max_completion_length)
+            if eos_token_ids is not None and name == "train_dataset" and isinstance(rows[0]["prompt"], list):
+                messages += turn_endings(processing_class, eos_token_ids, args.chat_template_kwargs)
+    return messages
 
 
 def check_eos(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -158,6 +206,22 @@ def check_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 # The reward functions
 
 
+def check_signature(function: Callable, name: str, columns: Sequence[str] = ()) -> None:
+    """Raises ValueError for a function that cannot be called as reward functions are, or returns no list.
+
+    Args:
+        name: what to call it in messages.
+        columns: of the dataset, where it is known: they are arguments too.
+    """
+    if isinstance(function, nn.Module):  # TRL calls a model in another way
+        return
+    own = ("prompt", *SOURCE_COLUMNS, *ENCODED_COLUMNS, "completion_ids")
+    given = ALWAYS_GIVEN - {"environments"} | {column for column in columns if column not in own}
+    fault = misfit(function, given)
+    if fault is not None:
+        raise ValueError(f"{name} {fault}")
+
+
 def check_reward_inputs(
     functions: Sequence[Callable], dataset: Dataset | IterableDataset, option: str, where: str
 ) -> None:
@@ -166,11 +230,13 @@ def check_reward_inputs(
         option, where: what to call the functions and the dataset in messages.
 
     Raises:
-        ValueError: naming a function that needs a column which is not there, or messages where there are texts.
+        ValueError: naming a function that cannot be called with the dataset's columns, needs a column which is not
+            there, or messages where there are texts.
     """
     [first] = first_rows(dataset, 1, where)
     for function in functions:
         name = getattr(function, "__name__", type(function).__name__)
+        check_signature(function, f"{option} {name}", list(first))
         missing = [column for column in needed_columns(function) if column not in first]
         if missing:
             raise ValueError(

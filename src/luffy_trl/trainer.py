@@ -23,6 +23,7 @@ from trl import GRPOTrainer
 
 from .advantages import Outcome, credit, total_rewards
 from .checks import (
+    check_against_model,
     check_encoded,
     check_eos,
     check_options,
@@ -31,7 +32,7 @@ from .checks import (
     unused_columns,
 )
 from .config import LuffyConfig
-from .demonstrations.agreement import beyond_window, first_disagreements
+from .demonstrations.agreement import LOOKED_AT, disagreements
 from .demonstrations.encoding import (
     ROW_COLUMN,
     DemonstrationEncoder,
@@ -159,7 +160,8 @@ class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
         ]
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
             bound_waiting(self.vllm_generation.vllm_client.session, args.ddp_timeout)
-        for message in beyond_window(self.model.config, args.max_completion_length):
+        reader = (self.processing_class, self.model.config, self.eos_token_ids)
+        for message in check_against_model(*reader, bound.arguments, args):
             logger.warning(message)
         self._means = Means(partial(self.accelerator.reduce, reduction="sum"), self.accelerator.device)
         self._stopwatch = Stopwatch()
@@ -391,7 +393,7 @@ class LuffyTrainer(PaddingFreeMixin, WholeCheckpointMixin, HubPushMixin):
             is_table = isinstance(dataset, Dataset)
             source = DatasetSource("completion_logps" in column_names(raw), overflow_is_known=is_table)
             messages = check_encoded(dataset, longest, args.demonstration_overflow) if is_table else []
-            messages += first_disagreements(tokenizer, self.eos_token_ids, raw, template_options)
+            messages += disagreements(tokenizer, raw.take(LOOKED_AT), template_options)
         elif name == "replay":
             capacity = math.ceil(args.replay_capacity / self.accelerator.num_processes)
             buffer = ReplayBuffer(capacity, args.replay_start, self.num_generations, longest)

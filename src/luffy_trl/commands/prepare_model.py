@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from ..data.contract import to_contract
 from ..data.loading import choose_split, load_splits
-from ..demonstrations.agreement import LOOKED_AT, OPENING, disagreements
+from ..demonstrations.agreement import LOOKED_AT, OPENING, disagreements, turn_endings
 from ..demonstrations.encoding import rendered_prompt
 from ..reporting.tables_and_curves import text_table
 
@@ -176,7 +176,10 @@ def _report(args: argparse.Namespace, changed: dict[str, tuple], template: str, 
     print(f"\nA prompt under the chat template ({template}):\n{prompt!r}")
     print(f"\nSaved to {output_dir}")
     if args.dataset_name:
-        messages = disagreements(tokenizer, stops, _first_rows(args.dataset_name))
+        looked_at = _first_rows(args.dataset_name)
+        messages = disagreements(tokenizer, looked_at)
+        if any(isinstance(row["prompt"], list) for row in looked_at):
+            messages += turn_endings(tokenizer, stops)
         for message in messages:
             print(f"Warning: {message}")
         if not messages:

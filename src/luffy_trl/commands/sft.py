@@ -16,13 +16,17 @@ from .inputs import (
     after_training,
     before_training,
     check_dataset_arguments,
+    check_model,
     check_output_dir,
+    check_reading,
     load_dataset_splits,
+    load_eval_split,
     load_split,
     model_options,
     train_until_stopped,
     warn_of_checkpoints,
 )
+from .packages import check_packages
 
 
 @dataclass
@@ -100,7 +104,9 @@ def run_sft(
     """
     with before_training():
         check_sft_arguments(script_args, model_args)
+        check_packages(training_args, model_args)
         check_output_dir(training_args.output_dir)
+        check_model(model_args)
         dataset_name = script_args.dataset_name or EMBEDDED_TASK
         splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
         dataset = load_split(splits, script_args.dataset_train_split, dataset_name)
@@ -118,9 +124,9 @@ def run_sft(
         if len(rows) == 0:
             raise ValueError(f"--dataset_name {dataset_name}: none of its {len(dataset)} rows has a demonstration.")
 
-        eval_rows = None
-        if training_args.eval_strategy != "no":
-            eval_rows = to_prompt_completion(load_split(splits, script_args.dataset_test_split, dataset_name))
+        eval_dataset = load_eval_split(splits, script_args, training_args, dataset_name)
+        check_reading(model_args, training_args, {"train_dataset": dataset, "eval_dataset": eval_dataset})
+        eval_rows = None if eval_dataset is None else to_prompt_completion(eval_dataset)
         trainer = SFTTrainer(
             args=training_args,
             train_dataset=rows,
