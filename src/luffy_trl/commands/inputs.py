@@ -1,6 +1,5 @@
 """What a run is made of, from arguments: the dataset, the rewards, the model. Shared by `train` and `sft`."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +12,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoProcessor, PretrainedConfig
-from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
-    find_adapter_config_file,
-    is_flash_attn_2_available,
-    is_kernels_available,
-)
+from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
@@ -34,6 +28,7 @@ from ..runs.stopping import RunStopped, StopAtStep
 from ..tasks.letter_walk import letter_walk_reward, split_walks, to_dataset
 from ..tasks.letter_walk_base import load_or_pretrain
 from ..trainer import LuffyTrainer
+from .adapters import refuse_adapter
 
 
 if TYPE_CHECKING:
@@ -189,24 +184,11 @@ def check_model(model_args: ModelConfig) -> None:
     name, revision = model_args.model_name_or_path, model_args.model_revision
     if name is None:
         return
-    if (Path(name) / ADAPTER_CONFIG_NAME).is_file():
-        raise ValueError(adapter_alone(f"--model_name_or_path {name}", Path(name) / ADAPTER_CONFIG_NAME))
     try:
+        refuse_adapter(f"--model_name_or_path {name}", name, revision)
         PretrainedConfig.get_config_dict(name, revision=revision)
     except OSError as error:
-        adapter = None if Path(name).exists() else find_adapter_config_file(name, revision=revision)
-        if adapter is not None:
-            raise ValueError(adapter_alone(f"--model_name_or_path {name}", adapter)) from error
         raise ValueError(f"--model_name_or_path {name} cannot be loaded: {error}") from error
-
-
-def adapter_alone(where: str, adapter_config: str | Path) -> str:
-    """What to do with a LoRA adapter that was given as a model."""
-    base = json.loads(Path(adapter_config).read_text()).get("base_model_name_or_path")
-    return (
-        f"{where} is a LoRA adapter of {base}, and no whole model. Merge it into its base first (docs/hub.md), or "
-        "train the base, with --use_peft for a new adapter."
-    )
 
 
 def check_reading(

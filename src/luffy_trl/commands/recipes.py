@@ -20,6 +20,7 @@ from trl import TrlParser
 
 
 ENVIRONMENT = "env"  # TRL's key for environment variables
+TRUTHS = {"on": "yes", "off": "no"}  # YAML's, beside those of flags
 NULLS = ("", "~", "null", "Null", "NULL")
 
 
@@ -87,16 +88,17 @@ def _refuse_duplicates(node: yaml.Node, path: str, seen: set[int]) -> None:
         lines: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
                 first = lines[key.value]
                 raise ValueError(f"{path}: {key.value} is there twice, in lines {first} and {line}. Keep one of them.")
+            lines[str(key.value)] = line
             _refuse_duplicates(value, path, seen)
 
 
 def _merged(root: yaml.MappingNode) -> Iterable[tuple[str, yaml.Node]]:
     """Keys and values, those of `<<` included."""
     yaml.SafeLoader("").flatten_mapping(root)
-    return {str(key.value): value for key, value in root.value}.items()
+    return {key.value if isinstance(key, yaml.ScalarNode) else "[...]": value for key, value in root.value}.items()
 
 
 def _environment(node: yaml.Node, path: str) -> dict[str, str]:
@@ -147,14 +149,14 @@ def _scalar(written: str, kinds: tuple[Any, ...], where: str) -> Any:
     for kind in sorted(kinds, key=lambda kind: kind is str):  # anything is a text: that comes last
         if isinstance(kind, type) and issubclass(kind, Enum):
             names = [member.value for member in kind]
-            if written in names:
-                return written
+            if written.lower() in names:
+                return written.lower()
             near = difflib.get_close_matches(written, names, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise ValueError(f"{where}: {written} is not one of {', '.join(names)}{hint}.")
         try:
             if kind is bool:
-                return string_to_bool(written)
+                return string_to_bool(TRUTHS.get(written.lower(), written))
             if kind in (int, float):
                 return _number(written, kind)
         except (ValueError, ArgumentTypeError):
