@@ -184,18 +184,18 @@ def _message_form(message: Any) -> Any:
 
 def _left_out(prompt: Any, rendered: str) -> list[str]:
     """Roles of messages whose text is not in the rendered prompt. Thoughts of former turns are left out on purpose."""
-    if isinstance(prompt, str):
+    if not isinstance(prompt, list):
         return []
     seen = "".join(rendered.split())
-    asking = [message for message in prompt if message["role"] in ("system", "user")]
+    asking = [message for message in prompt if message.get("role") in ("system", "user")]
     return [m["role"] for m in asking if "".join(_said(m.get("content")).split())[:BEGINNING] not in seen]
 
 
 def _said(content: Any) -> str:
     """The text of a message, or the first of its parts that is one."""
     if isinstance(content, list):
-        return next((part.get("text") or "" for part in content if part.get("type") == "text"), "")
-    return content or ""
+        content = next((part.get("text") for part in content if part.get("type") == "text"), "")
+    return content if isinstance(content, str) else ""
 
 
 def _size(value: Any) -> int:
