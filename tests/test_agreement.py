@@ -5,7 +5,7 @@ import logging
 import pytest
 from datasets import Dataset
 
-from luffy_trl.demonstrations.agreement import disagreements
+from luffy_trl.demonstrations.agreement import disagreements, turn_endings
 
 
 CLOSED = "{% for m in messages %}{{ m['content'] + '<|endoftext|>' }}{% endfor %}"
@@ -40,25 +40,40 @@ def rows(*completions: str | None) -> list[dict]:
     ],
 )
 def test_thoughts(chat_tokenizer, template, completions, expected):
-    found = disagreements(chat_tokenizer, [0], rows(*completions), {"chat_template": template})
+    found = disagreements(chat_tokenizer, rows(*completions), {"chat_template": template})
     assert len(found) == len(expected)
     assert all(message.startswith(start) for message, start in zip(found, expected, strict=True))
 
 
 def test_plain_prompts_and_several_demonstrations(chat_tokenizer):
     row = {"prompt": "q\n<think>\n", "demonstrations": ["<think>\na</think>b", "c"]}
-    [message] = disagreements(chat_tokenizer, [0], [row])
+    [message] = disagreements(chat_tokenizer, [row])
     assert message.startswith("1 of 2 demonstrations looked at have no '</think>', although")
 
 
-def test_a_turn_that_ends_where_generation_does_not_stop(chat_tokenizer):
-    template = "{% for m in messages %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    end, other = chat_tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert disagreements(chat_tokenizer, [other, end], rows("b"), {"chat_template": template}) == []
-    [message] = disagreements(chat_tokenizer, [other], rows("b"), {"chat_template": template})
-    assert message.startswith(
-        "The chat template ends an assistant's turn with '<|im_end|>', but generation stops at '<|endoftext|>'."
-    )
+TURNS = "{% for m in messages %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (TURNS, "<|im_end|>"),
+        (TURNS.replace("'<|im_end|>", "' \n<|im_end|>"), "<|im_end|>"),  # blanks before it
+        (TURNS.replace("<|im_end|>", "<|endoftext|>"), None),
+        ("{% for m in messages %}{{ m['content'] + '\n\n' }}{% endfor %}", None),  # ended by nothing
+        ("{% for m in messages %}{{ m['content'] + '### ' }}{% endfor %}", "#"),
+        ("{{ raise_exception('no conversations') }}", None),
+    ],
+)
+def test_a_turn_that_ends_where_generation_does_not_stop(chat_tokenizer, template, end):
+    [stop, other] = chat_tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    found = turn_endings(chat_tokenizer, [stop], {"chat_template": template})
+    assert len(found) == (end is not None)
+    for message in found:
+        assert message.startswith(
+            f"The chat template ends an assistant's turn with {end!r}, but generation stops at '<|endoftext|>'."
+        )
+    assert turn_endings(chat_tokenizer, [stop, other], {"chat_template": TURNS}) == []
 
 
 def test_a_generation_without_any_reward_is_said(make_trainer, caplog):
@@ -69,10 +84,10 @@ def test_a_generation_without_any_reward_is_said(make_trainer, caplog):
 
 def test_a_window_that_is_too_short_is_said(make_trainer, caplog):
     with caplog.at_level(logging.WARNING):
-        make_trainer(max_completion_length=127)
+        make_trainer(max_completion_length=128 - 15)
         assert "window" not in caplog.text
-        make_trainer(max_completion_length=128)
-    assert "max_completion_length=128 and a prompt are more than the 128 tokens of the model's window" in caplog.text
+        make_trainer(max_completion_length=128 - 14)
+    assert "max_completion_length=114 and the longest prompt (row 0, 15 tokens) are more than the 128" in caplog.text
 
 
 def test_the_trainer_says_so(make_trainer, walks, caplog):

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from luffy_trl.commands.cli import main
@@ -14,6 +15,7 @@ from luffy_trl.commands.summary import (
     StartSummary,
     batch_arithmetic,
     count_parameters,
+    end_summary,
     memory,
     off_policy,
     start_summary,
@@ -108,6 +110,34 @@ def test_dropped_demonstrations_are_said(make_trainer, capsys):
     cut = sum(trainer.train_dataset["demonstrations_truncated"])
     assert 0 < cut <= 16
     assert f"16 prompts, 16 with a demonstration; 0 demonstrations dropped and {cut} truncated as too long" in out
+
+
+def test_a_summary_survives_what_is_missing(make_trainer, walks):
+    trainer = make_trainer(gradient_checkpointing=True)
+    trainer.model.config = PretrainedConfig()  # no sizes
+    delattr(trainer.model.config, "_name_or_path")
+    trainer.train_dataset = walks.add_column("demonstrations_usable", [1] * len(walks))  # of an encoder of one's own
+    text = start_summary(trainer, "walks")
+    assert "unnamed: " in text
+    assert "walks: 16 prompts, 16 with a demonstration\n" in text
+    assert "activations" not in text
+    trainer.state.log_history = [
+        {"on_policy/reward": None, "off_policy/reward": None, "eval_reward": None},
+        {"on_policy/reward": 0.25, "eval_loss": 1.0},
+        {"train_runtime": 61.0},
+    ]
+    text = end_summary(trainer)
+    assert "Reward of rollouts: 0.250 when first logged, 0.250 at the end" in text
+    assert "demonstrations" not in text
+    assert "evaluation" not in text
+    trainer.state.log_history = []
+    assert "0 optimizer steps done; this start took 0 s" in end_summary(trainer)
+
+
+def test_completions_of_any_length(make_trainer, walks):
+    rows = walks.remove_columns("completion")
+    trainer = make_trainer(rows, num_demonstrations=0, max_completion_length=None, gradient_checkpointing=True)
+    assert "4 completions a prompt = 4 rollouts, of any length" in start_summary(trainer, "walks")
 
 
 def test_parameters_are_counted_where_they_are_frozen_packed_or_elsewhere():

@@ -397,7 +397,11 @@ def table(tmp_path, **columns) -> str:
 @pytest.mark.parametrize(
     ("columns", "reward", "message"),
     [
-        ({"answer": ["b"]}, "accuracy_reward", "accuracy_reward needs the column 'solution', and --dataset_name"),
+        (
+            {"answer": ["b"]},
+            "accuracy_reward",
+            "accuracy_reward needs the column 'solution', and the train_dataset of --dataset_name",
+        ),
         ({"answer": ["b"]}, "math_reward", "math_reward needs the column 'solution'"),
         ({"solution": ["b"]}, "accuracy_reward", "accuracy_reward reads conversations, and the prompts of"),
     ],

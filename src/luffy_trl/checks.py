@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
 from .advantages import ANSWER_REWARDS, SOLVED_SLACK, TOTAL, Outcome, deciding_reward
 from .config import LuffyConfig
 from .data.loading import first_rows
-from .demonstrations.agreement import first_disagreements
+from .demonstrations.agreement import LOOKED_AT, disagreements, turn_endings
 from .demonstrations.encoding import (
     DROPPED_COLUMN,
     ENCODED_COLUMNS,
@@ -28,6 +28,8 @@ from .demonstrations.encoding import (
     column_names,
 )
 from .demonstrations.placement import Placement
+from .demonstrations.prompts import Reader, check_prompts
+from .rewards.signatures import misfit
 
 
 # TRL hands each dataset column to the reward functions by name, beside these arguments of its own
@@ -54,9 +56,13 @@ def check_options(arguments: dict[str, Any], args: LuffyConfig) -> None:
     Raises:
         ValueError: naming the option or the column.
     """
-    train_dataset = arguments.get("train_dataset")
     for name, dataset in named_datasets(arguments).items():
         _check_columns(name, column_names(dataset), arguments.get("environment_factory") is not None)
+        if isinstance(dataset, Dataset) and len(dataset) == 0 and name != "train_dataset":
+            raise ValueError(f"`{name}` has no rows. Add some, or leave it out (eval_strategy='no').")
+        if args.num_demonstrations > 0:
+            _check_names_are_free(name, column_names(dataset))
+    train_dataset = arguments.get("train_dataset")
     if isinstance(train_dataset, Dataset):
         _check_size(train_dataset, args)
     columns = column_names(train_dataset) if isinstance(train_dataset, Dataset | IterableDataset) else None
@@ -71,7 +77,7 @@ def check_options(arguments: dict[str, Any], args: LuffyConfig) -> None:
 
 
 def named_datasets(arguments: dict[str, Any]) -> dict[str, Dataset | IterableDataset]:
-    """Those of the trainer's arguments, as messages call them."""
+    """Those of the trainer's constructor, by the names under which messages speak of them."""
     eval_dataset = arguments.get("eval_dataset")
     named = {"train_dataset": arguments.get("train_dataset")}
     if isinstance(eval_dataset, dict):
@@ -150,12 +156,47 @@ def _check_columns_beside_demonstrations(columns: list[str]) -> None:
             "`train_dataset` has images, which are not supported together with demonstrations. Remove the column, or "
             "set num_demonstrations=0."
         )
+
+
+def _check_names_are_free(name: str, columns: list[str]) -> None:
     taken = [column for column in ENCODED_COLUMNS if column in columns]
     if taken:
-        raise ValueError(f"`train_dataset` has a column {taken[0]!r}, a name LuffyTrainer uses itself. Rename it.")
+        raise ValueError(f"`{name}` has a column {taken[0]!r}, a name LuffyTrainer uses itself. Rename it.")
 
 
-# The tokenizer
+# The model and its tokenizer
+
+
+def check_against_model(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    config: PretrainedConfig,
+    eos_token_ids: list[int] | None,
+    arguments: dict[str, Any],
+    args: LuffyConfig,
+) -> list[str]:
+    """Sentences on prompts of training and evaluation that the model reads otherwise than it should.
+
+    Args:
+        config: of the model, whose weights need not be there yet.
+        eos_token_ids: at which generation stops; None where that is not known yet.
+        arguments: of the trainer's constructor, by name.
+
+    Raises:
+        ValueError: naming row and field, for prompts that the model cannot read: see [`check_prompts`].
+    """
+    if arguments.get("rollout_func") is not None:  # it may take prompts of any kind
+        return []
+    window = args.vllm_max_model_length if args.use_vllm else None
+    reader = Reader(processing_class, config, args.chat_template_kwargs or {}, window)
+    messages = []
+    for name, dataset in named_datasets(arguments).items():
+        if "prompt" in column_names(dataset):
+            rows = dataset if isinstance(dataset, Dataset) else first_rows(dataset, LOOKED_AT, f"`{name}`")
+            of = "" if name == "train_dataset" else f" of `{name}`"
+            messages += check_prompts(reader, rows, of, args.max_completion_length)
+            if eos_token_ids is not None and name == "train_dataset" and isinstance(rows[0]["prompt"], list):
+                messages += turn_endings(processing_class, eos_token_ids, args.chat_template_kwargs)
+    return messages
 
 
 def check_eos(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -201,6 +242,22 @@ def reward_name(function: Callable | str) -> str:
     return get_callable_name(function)
 
 
+def check_signature(function: Callable, name: str, columns: Sequence[str] = ()) -> None:
+    """Raises ValueError for a function that cannot be called as reward functions are, or returns no list.
+
+    Args:
+        name: what to call it in messages.
+        columns: of the dataset, where it is known: they are arguments too.
+    """
+    if isinstance(function, torch.nn.Module):  # TRL calls a model in another way
+        return
+    own = ("prompt", *SOURCE_COLUMNS, *ENCODED_COLUMNS, "completion_ids")
+    given = ALWAYS_GIVEN - {"environments"} | {column for column in columns if column not in own}
+    fault = misfit(function, given)
+    if fault is not None:
+        raise ValueError(f"{name} {fault}")
+
+
 def check_reward_inputs(
     functions: Sequence[Callable],
     dataset: Dataset | IterableDataset,
@@ -214,11 +271,13 @@ def check_reward_inputs(
         withheld: columns that reward functions are not given, beside `NEVER_GIVEN`.
 
     Raises:
-        ValueError: naming a function that needs a column which is not there, or messages where there are texts.
+        ValueError: naming a function that cannot be called with the dataset's columns, needs a column which is not
+            there, or messages where there are texts.
     """
     [first] = first_rows(dataset, 1, where)
     for function in functions:
         name = reward_name(function)
+        check_signature(function, f"{option} {name}", list(first))
         for column in needed_columns(function):
             if column not in first:
                 raise ValueError(
@@ -306,9 +365,7 @@ def source_warnings(
         return []
     is_table = isinstance(encoded, Dataset)
     messages = check_encoded(encoded, encoder.max_length, args.demonstration_overflow) if is_table else []
-    return messages + first_disagreements(
-        encoder.processing_class, encoder.eos_token_ids, dataset, encoder.chat_template_kwargs
-    )
+    return messages + disagreements(encoder.processing_class, dataset.take(LOOKED_AT), encoder.chat_template_kwargs)
 
 
 def check_encoded(dataset: Dataset, max_completion_length: int, overflow: str) -> list[str]:

@@ -22,6 +22,7 @@ from trl import GRPOTrainer
 
 from .advantages import Outcome, credit, credit_each, deciding_reward, total_rewards
 from .checks import (
+    check_against_model,
     check_eos,
     check_options,
     check_rewards,
@@ -31,7 +32,6 @@ from .checks import (
     source_warnings,
 )
 from .config import LuffyConfig
-from .demonstrations.agreement import beyond_window
 from .demonstrations.encoding import ROW_COLUMN, DemonstrationEncoder, without_demonstrations
 from .demonstrations.placement import (
     Generation,
@@ -157,7 +157,8 @@ class LuffyTrainer(PaddingFreeMixin, EvaluationSetsMixin, BestByRewardMixin, Who
         # The reward function by which a completion is solved; None: the total
         self._deciding = deciding_reward(self.reward_func_names, args.solved_reward)
         messages = solved_warnings(self.reward_func_names, self.reward_weights.tolist(), args)
-        for message in messages + beyond_window(self.model.config, args.max_completion_length):
+        reader = (self.processing_class, self.model.config, self.eos_token_ids)
+        for message in messages + check_against_model(*reader, bound.arguments, args):
             logger.warning(message)
         self._means = Means(partial(self.accelerator.reduce, reduction="sum"), self.accelerator.device)
         self._stopwatch = Stopwatch()

@@ -134,12 +134,13 @@ def _end(status: int) -> None:
 
 
 def _parse(argv: list[str], prog: str, summary: str, config_class: type, check: Callable) -> tuple[Any, Any, Any, str]:
-    import yaml
     from trl import ModelConfig, TrlParser
 
     from ..runs.recipe import shown_command
     from ..runs.redaction import known_secrets
     from .inputs import LuffyScriptArguments, check_output_dir
+    from .packages import check_launcher
+    from .recipes import apply_recipe
 
     parser = TrlParser(
         (LuffyScriptArguments, config_class, ModelConfig),
@@ -159,11 +160,15 @@ def _parse(argv: list[str], prog: str, summary: str, config_class: type, check: 
         hint = f" (did you mean {', '.join(near)}?)" if near else ""
         parser.error(f"unknown arguments: {' '.join(unknown)}{hint}")
     try:
-        script_args, training_args, model_args = parser.parse_args_and_config(argv)
+        check_launcher()
+        if "--config" in argv:
+            apply_recipe(parser, argv[config + 1])
+        arguments = argv[:config] + argv[config + 2 :]
+        script_args, training_args, model_args = parser.parse_args_into_dataclasses(arguments)
         check(script_args, model_args)
         check_output_dir(training_args.output_dir)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError, ImportError) as error:
         hint = " Without a GPU, add --use_cpu --bf16 False." if "use_cpu" in str(error) else ""
-        parser.error(f"{error}{hint}")
+        parser.error(" ".join(str(error).split()) + hint)
     command = shown_command([*prog.split(), *argv], known_secrets(training_args.hub_token))
     return script_args, training_args, model_args, command

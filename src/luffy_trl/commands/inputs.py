@@ -1,24 +1,28 @@
 """What a run is made of, from arguments: the dataset, the rewards, the model. Shared by `train` and `sft`."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from transformers import PretrainedConfig
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
+from ..checks import check_against_model, check_signature, named_datasets
 from ..config import LuffyConfig
 from ..data.contract import to_contract
 from ..data.loading import check_file, choose_split, load_splits
 from ..data.rows import checked_rows
+from ..demonstrations.prompts import Reader, check_prompts
 from ..rewards import choice_reward, format_reward, math_reward, math_reward_optional_thought
 from ..runs.checkpoints import NEWEST, NONE, checkpoints, find_checkpoint
 from ..runs.fitting import check_adapter, read_state
@@ -29,9 +33,15 @@ from ..runs.mixin import WholeCheckpointMixin
 from ..runs.stopping import RunStopped, StopAtStep
 from ..tasks.letter_walk import letter_walk_reward, split_walks, to_dataset
 from ..tasks.letter_walk_base import load_or_pretrain
+from .adapters import refuse_adapter
 
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 EMBEDDED_TASK = "letter_walk"
+# A part of a module's name, and no pattern
+MODULE_NAME = re.compile(r"[\w.]+")
 REWARD_FUNCS: dict[str, Callable] = {
     "math_reward": math_reward,
     "math_reward_optional_thought": math_reward_optional_thought,
@@ -78,11 +88,12 @@ class UsageError(ValueError):
 
 @contextmanager
 def before_training() -> Iterator[None]:
-    """A ValueError in here is about arguments or data, an OSError about files or the Hub."""
+    """A ValueError in here is about arguments or data, an OSError about files or the Hub, an ImportError about a
+    package that is missing."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
+    except (ValueError, OSError, ImportError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
 
 
 @contextmanager
@@ -173,7 +184,7 @@ def model_options(model_args: ModelConfig, training_args: LuffyConfig | SFTConfi
     """A trainer's arguments that make its model. Completes `training_args.model_init_kwargs`.
 
     Raises:
-        ValueError: if there is no such model, or flash attention is asked for and not installed.
+        ValueError: if flash attention is asked for and not installed.
     """
     attention = model_args.attn_implementation
     if attention == "flash_attention_2" and not (is_flash_attn_2_available() or is_kernels_available()):
@@ -181,12 +192,6 @@ def model_options(model_args: ModelConfig, training_args: LuffyConfig | SFTConfi
             f"--attn_implementation {attention} needs the package flash-attn and a GPU, and one is missing here. "
             "pip install flash-attn --no-build-isolation, or take --attn_implementation sdpa, which pads."
         )
-    name = model_args.model_name_or_path
-    if name is not None:
-        try:
-            PretrainedConfig.get_config_dict(name, revision=model_args.model_revision)
-        except OSError as error:
-            raise ValueError(f"--model_name_or_path {name} cannot be loaded: {error}") from error
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -195,7 +200,7 @@ def model_options(model_args: ModelConfig, training_args: LuffyConfig | SFTConfi
     return {
         "model": base_model(model_args.model_name_or_path, training_args.output_dir, training_args.seed),
         "quantization_config": get_quantization_config(model_args),
-        "peft_config": get_peft_config(model_args),
+        "peft_config": peft_config(model_args),
     }
 
 
@@ -223,6 +228,57 @@ def finished_before(trainer: WholeCheckpointMixin, checkpoint: str | None) -> bo
         "--output_dir."
     )
     return True
+
+
+def peft_config(model_args: ModelConfig) -> "LoraConfig | None":
+    """TRL's; a single module's name stays that: TRL makes a text of a list of one, which PEFT takes for a pattern."""
+    target = model_args.lora_target_modules
+    if isinstance(target, str) and MODULE_NAME.fullmatch(target):
+        model_args = copy(model_args)
+        model_args.lora_target_modules = [target]
+    return get_peft_config(model_args)
+
+
+def check_model(model_args: ModelConfig) -> None:
+    """Raises ValueError if there is no such model, or it is an adapter alone."""
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if name is None:
+        return
+    try:
+        refuse_adapter(f"--model_name_or_path {name}", name, revision)
+        PretrainedConfig.get_config_dict(name, revision=revision)
+    except OSError as error:
+        raise ValueError(f"--model_name_or_path {name} cannot be loaded: {error}") from error
+
+
+def check_reading(
+    model_args: ModelConfig,
+    training_args: LuffyConfig | SFTConfig,
+    datasets: dict[str, Dataset | IterableDataset | None],
+) -> None:
+    """What the model's tokenizer and configuration say of the data, before its weights are loaded.
+
+    Args:
+        datasets: `train_dataset` and `eval_dataset`, as the trainer will get them.
+
+    Raises:
+        ValueError: naming row and field of what the model cannot read, or if it has no tokenizer.
+    """
+    name = model_args.model_name_or_path
+    if name is None:  # the embedded task's reads its own data
+        return
+    options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+        processing_class = AutoProcessor.from_pretrained(name, **options)
+    except OSError as error:
+        raise ValueError(f"--model_name_or_path {name} has no tokenizer that can be loaded: {error}") from error
+    if isinstance(training_args, LuffyConfig):
+        check_against_model(processing_class, config, None, datasets, training_args)  # the trainer warns
+    elif training_args.chat_template_path is None:
+        for split, dataset in named_datasets(datasets).items():
+            of = "" if split == "train_dataset" else f" of `{split}`"
+            check_prompts(Reader(processing_class, config), dataset, of, None)
 
 
 def train_until_stopped(trainer: WholeCheckpointMixin, checkpoint: str | None) -> None:
@@ -256,7 +312,7 @@ def load_reward_funcs(names: list[str] | None, dataset_name: str) -> list[Callab
             )
         names = ["letter_walk_reward"]
     known = ", ".join(REWARD_FUNCS)
-    return [
+    functions = [
         named_function(
             name,
             REWARD_FUNCS,
@@ -266,6 +322,9 @@ def load_reward_funcs(names: list[str] | None, dataset_name: str) -> list[Callab
         )
         for name in names
     ]
+    for name, function in zip(names, functions, strict=True):
+        check_signature(function, f"--reward_funcs {name}")
+    return functions
 
 
 def load_dataset_splits(name: str, script_args: ScriptArguments, seed: int) -> Mapping[str, Dataset | IterableDataset]:
@@ -283,6 +342,33 @@ def load_dataset_splits(name: str, script_args: ScriptArguments, seed: int) -> M
         )
     except OSError as error:
         raise ValueError(f"{where}: no such file or directory here, nor to be had from the Hub: {error}") from error
+
+
+def load_eval_split(
+    splits: Mapping[str, Dataset | IterableDataset],
+    script_args: LuffyScriptArguments,
+    training_args: LuffyConfig | SFTConfig,
+    name: str,
+) -> Dataset | IterableDataset | None:
+    """The split to evaluate on, if there is to be any evaluation.
+
+    Raises:
+        ValueError: if there is no such split, with how to bring one.
+    """
+    option = f"--eval_strategy {training_args.eval_strategy.value}"
+    if training_args.eval_strategy == "no":
+        if not training_args.eval_on_start:
+            return None
+        option = "--eval_on_start"
+    split = script_args.dataset_test_split
+    if split not in splits:
+        raise ValueError(
+            f"{option} needs a split to evaluate on, and --dataset_name {name} has no {split!r}, only "
+            f"{', '.join(map(repr, splits))}. Give a folder with a file {script_args.dataset_train_split}.jsonl and a "
+            f"file {split}.jsonl as --dataset_name, name another split with --dataset_test_split, or leave {option} "
+            "out."
+        )
+    return load_split(splits, split, name)
 
 
 def load_split(splits: Mapping[str, Dataset | IterableDataset], split: str, name: str) -> Dataset | IterableDataset:

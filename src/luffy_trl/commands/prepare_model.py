@@ -19,9 +19,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from ..data.contract import to_contract
 from ..data.loading import choose_split, load_splits
-from ..demonstrations.agreement import LOOKED_AT, OPENING, disagreements
+from ..demonstrations.agreement import LOOKED_AT, OPENING, disagreements, turn_endings
 from ..demonstrations.encoding import rendered_prompt
 from ..reporting.tables_and_curves import text_table
+from .adapters import refuse_adapter
 
 
 # Pickled weights are left behind: they can execute anything
@@ -114,6 +115,7 @@ def prepare_model(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     if output_dir.exists():
         raise ValueError(f"--output_dir {output_dir} exists. Choose another, or remove it.")
+    refuse_adapter(f"--model_name_or_path {args.model_name_or_path}", args.model_name_or_path, args.revision)
     config = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.revision)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.revision)
     changed = extend_context(config, args.rope_theta, args.max_position_embeddings)
@@ -176,7 +178,10 @@ def _report(args: argparse.Namespace, changed: dict[str, tuple], template: str, 
     print(f"\nA prompt under the chat template ({template}):\n{prompt!r}")
     print(f"\nSaved to {output_dir}")
     if args.dataset_name:
-        messages = disagreements(tokenizer, stops, _first_rows(args.dataset_name))
+        looked_at = _first_rows(args.dataset_name)
+        messages = disagreements(tokenizer, looked_at)
+        if any(isinstance(row["prompt"], list) for row in looked_at):
+            messages += turn_endings(tokenizer, stops)
         for message in messages:
             print(f"Warning: {message}")
         if not messages:

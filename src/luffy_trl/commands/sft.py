@@ -16,6 +16,7 @@ from .inputs import (
     after_training,
     before_training,
     check_dataset_arguments,
+    check_model,
     check_output_dir,
     finished_before,
     holding,
@@ -26,6 +27,7 @@ from .inputs import (
     train_until_stopped,
     warn_of_checkpoints,
 )
+from .packages import check_packages
 from .summary import what_is_saved
 
 
@@ -114,6 +116,7 @@ def run_sft(
     """
     with before_training():
         check_sft_arguments(script_args, model_args)
+        check_packages(training_args, model_args)
         check_output_dir(training_args.output_dir)
     with holding(training_args.output_dir):
         return _run_sft(script_args, training_args, model_args)
@@ -121,8 +124,9 @@ def run_sft(
 
 def _run_sft(script_args: LuffyScriptArguments, training_args: LuffySFTConfig, model_args: ModelConfig) -> SFTTrainer:
     with before_training():
+        check_model(model_args)
         checkpoint = resume_point(training_args, model_args)
-        rows, eval_rows, prompts = load_rows(script_args, training_args)
+        rows, eval_rows, prompts = load_rows(script_args, training_args, model_args)
         warn_of_checkpoints(training_args)
         trainer = WholeSFTTrainer(
             args=training_args,
@@ -143,11 +147,13 @@ def _run_sft(script_args: LuffyScriptArguments, training_args: LuffySFTConfig, m
     return trainer
 
 
-def load_rows(script_args: LuffyScriptArguments, training_args: LuffySFTConfig) -> tuple[Dataset, Dataset | None, int]:
+def load_rows(
+    script_args: LuffyScriptArguments, training_args: LuffySFTConfig, model_args: ModelConfig
+) -> tuple[Dataset, Dataset | None, int]:
     """Rows to train on and to evaluate on, one a demonstration, and from how many prompts the former are.
 
     Raises:
-        ValueError: for a dataset that has no demonstrations, or is streamed.
+        ValueError: for a dataset that has no demonstrations, is streamed, or that the model cannot read.
     """
     dataset_name = script_args.dataset_name or EMBEDDED_TASK
     splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
@@ -163,7 +169,7 @@ def load_rows(script_args: LuffyScriptArguments, training_args: LuffySFTConfig) 
     rows = to_prompt_completion(dataset)
     if len(rows) == 0:
         raise ValueError(f"--dataset_name {dataset_name}: none of its {len(dataset)} rows has a demonstration.")
-    eval_rows = None
-    if training_args.eval_strategy != "no":
-        eval_rows = to_prompt_completion(load_split(splits, script_args.dataset_test_split, dataset_name))
+    eval_dataset = load_eval_split(splits, script_args, training_args, dataset_name)
+    check_reading(model_args, training_args, {"train_dataset": dataset, "eval_dataset": eval_dataset})
+    eval_rows = None if eval_dataset is None else to_prompt_completion(eval_dataset)
     return rows, eval_rows, len(dataset)

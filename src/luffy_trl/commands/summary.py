@@ -1,9 +1,11 @@
 """What a run is going to do, said before its first step, and what it did, said at its end."""
 
+import math
 import shlex
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import DistributedType
 from datasets import Dataset
@@ -63,10 +65,10 @@ def end_summary(trainer: LuffyTrainer) -> str:
     seconds = next((line["train_runtime"] for line in reversed(history) if "train_runtime" in line), 0)
     lines = [f"{_count(trainer.state.global_step, 'optimizer step')} done; this start took {_duration(seconds)}"]
     for metric, name in (("on_policy/reward", "rollouts"), ("off_policy/reward", "demonstrations")):
-        values = [line[metric] for line in history if metric in line]
+        values = _logged(history, metric)
         if values:
             lines.append(f"Reward of {name}: {values[0]:.3f} when first logged, {values[-1]:.3f} at the end")
-    evaluated = [line["eval_reward"] for line in history if "eval_reward" in line]
+    evaluated = _logged(history, "eval_reward")
     if evaluated:
         lines.append(f"Reward in evaluation: {evaluated[0]:.3f} at first, {evaluated[-1]:.3f} at last")
     lines.append(f"Saved the model, its tokenizer and its card to {directory} ({what_is_saved(trainer)})")
@@ -86,6 +88,11 @@ def what_is_saved(trainer: Trainer) -> str:
     step = name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
     values = [line[metric] for line in state.log_history if metric in line and str(line["step"]) == step]
     return f"the best, of {name}{f', {metric} {values[-1]:.3f}' if values else ''}"
+
+
+def _logged(history: list[dict[str, Any]], metric: str) -> list[float]:
+    """The metric's values, without those of means over nothing, which are null."""
+    return [line[metric] for line in history if line.get(metric) is not None]
 
 
 def finish(trainer: LuffyTrainer) -> None:
@@ -172,9 +179,15 @@ def memory(trainer: LuffyTrainer) -> str:
         reference = count_parameters(trainer.ref_model)
         size = (reference.trained_bytes + reference.frozen_bytes) / (processes if stage == 3 else 1)
         parts.append(f"{_gb(size)} reference model")
-    if args.gradient_checkpointing:
-        config = trainer.model.config.get_text_config()
-        row = config.num_hidden_layers * args.max_completion_length * config.hidden_size * (2 if args.bf16 else 4)
+    config = trainer.model.config.get_text_config()
+    # Not every configuration has these, and without demonstrations completions may have no limit
+    shape = [
+        getattr(config, "num_hidden_layers", None),
+        getattr(config, "hidden_size", None),
+        args.max_completion_length,
+    ]
+    if args.gradient_checkpointing and all(isinstance(size, int) for size in shape):
+        row = math.prod(shape) * (2 if args.bf16 else 4)
         parts.append(f"{_gb(row * args.per_device_train_batch_size)} activations without the prompts'")
     if args.use_vllm and args.vllm_mode == "colocate":
         parts.append(
@@ -185,8 +198,9 @@ def memory(trainer: LuffyTrainer) -> str:
 
 def _model(trainer: LuffyTrainer) -> str:
     counted = count_parameters(trainer.model)
-    share = "all" if counted.trained == counted.total else f"{counted.trained / counted.total:.2%}"
-    return f"{trainer.model.config._name_or_path or 'unnamed'}: {_big(counted.total)} parameters, {share} trained"
+    share = "all" if counted.trained == counted.total else f"{counted.trained / max(counted.total, 1):.2%}"
+    name = getattr(trainer.model.config, "_name_or_path", None) or "unnamed"
+    return f"{name}: {_big(counted.total)} parameters, {share} trained"
 
 
 def _epochs(trainer: LuffyTrainer) -> str:
@@ -203,6 +217,8 @@ def _data(trainer: LuffyTrainer, name: str) -> str:
     if USABLE_COLUMN not in dataset.column_names:
         return f"{text}, no demonstrations from the data"
     text += f", {sum(usable > 0 for usable in dataset[USABLE_COLUMN]):,} with a demonstration"
+    if not {DROPPED_COLUMN, TRUNCATED_COLUMN} <= set(dataset.column_names):
+        return text
     dropped, truncated = sum(dataset[DROPPED_COLUMN]), sum(dataset[TRUNCATED_COLUMN])
     if dropped or truncated:
         text += f"; {_count(dropped, 'demonstration')} dropped and {truncated:,} truncated as too long"
@@ -212,9 +228,8 @@ def _data(trainer: LuffyTrainer, name: str) -> str:
 def _group(args: LuffyConfig) -> str:
     rollouts = _count(args.num_generations - args.num_demonstrations, "rollout")
     given = f" + {_count(args.num_demonstrations, 'demonstration')}" if args.num_demonstrations else ""
-    return (
-        f"{args.num_generations} completions a prompt = {rollouts}{given}, up to {args.max_completion_length} tokens"
-    )
+    limit = "of any length" if args.max_completion_length is None else f"up to {args.max_completion_length} tokens"
+    return f"{args.num_generations} completions a prompt = {rollouts}{given}, {limit}"
 
 
 def _zero_stage(trainer: LuffyTrainer) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 from trl import ModelConfig
 
-from ..checks import check_reward_inputs
+from ..checks import check_options, check_reward_inputs
 from ..config import LuffyConfig
 from ..hub.card import CardFacts
 from ..hub.queue import what_is_missing
@@ -20,10 +20,13 @@ from .inputs import (
     after_training,
     before_training,
     check_arguments,
+    check_model,
     check_output_dir,
+    check_reading,
     finished_before,
     holding,
     load_dataset_splits,
+    load_eval_split,
     load_reward_funcs,
     load_split,
     model_options,
@@ -31,6 +34,7 @@ from .inputs import (
     train_until_stopped,
     warn_of_checkpoints,
 )
+from .packages import check_packages
 from .summary import StartSummary, finish
 
 
@@ -50,6 +54,7 @@ def run(
     """
     with before_training():
         check_arguments(script_args, model_args)
+        check_packages(training_args, model_args)
         check_output_dir(training_args.output_dir)
     with holding(training_args.output_dir):
         return _run(script_args, training_args, model_args, command)
@@ -91,19 +96,21 @@ def make_trainer(
     """The trainer of a run. Raises ValueError or OSError for what does not go together, or is not there."""
     dataset_name = script_args.dataset_name or EMBEDDED_TASK
     reward_funcs = load_reward_funcs(script_args.reward_funcs, dataset_name)
+    check_model(model_args)
     splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
-    train_dataset = load_split(splits, script_args.dataset_train_split, dataset_name)
-    eval_dataset = None
-    if training_args.eval_strategy != "no":
-        eval_dataset = load_split(splits, script_args.dataset_test_split, dataset_name)
-    check_reward_inputs(reward_funcs, train_dataset, "--reward_funcs", f"--dataset_name {dataset_name}")
+    data = {"train_dataset": load_split(splits, script_args.dataset_train_split, dataset_name)}
+    if (eval_dataset := load_eval_split(splits, script_args, training_args, dataset_name)) is not None:
+        data["eval_dataset"] = eval_dataset
+    check_options(data, training_args)
+    for name, dataset in data.items():
+        check_reward_inputs(reward_funcs, dataset, "--reward_funcs", f"the {name} of --dataset_name {dataset_name}")
     settle_metric(training_args, (), (), [function.__name__ for function in reward_funcs], reward_funcs)
+    check_reading(model_args, training_args, data)
     warn_of_checkpoints(training_args)
     return LuffyTrainer(
         args=training_args,
         reward_funcs=reward_funcs,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        **data,
         **model_options(model_args, training_args),
     )
 

@@ -63,6 +63,7 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> None:
         load_benchmarks(args.benchmarks, args.ngram_size) if args.benchmarks else None,
         None if args.no_length else _encoder(args),
     )
+    screener.check_head(head, args.source)
     with all_or_nothing(args.output_dir) as result:
         screened = _screen(dataset, screener, list(head[0]), _processes(args, dataset), result.parent)
         tally = _finish(args, screened, schema, conversational, features, result)

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Features, List, Value
-from jinja2 import TemplateError
 
 from ..demonstrations.encoding import USABLE_COLUMN, DemonstrationEncoder
+from ..demonstrations.prompts import render
 from .contract import MESSAGES, as_messages
 from .filters import BenchmarkIndex, problem_key
 from .schemas import (
@@ -79,6 +79,7 @@ class Screener:
     def screen(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
             example = self._as_asked(self.schema.convert(row))
+            self._check_template(example, "it")
         except UnusableRowError as error:
             return {"reason": error.reason, "detail": str(error), "candidates": []}
         problem = user_text(example.prompt)
@@ -109,13 +110,38 @@ class Screener:
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         return replace(example, prompt=messages)
 
+    def check_head(self, rows: list[dict[str, Any]], source: str) -> None:
+        """Raises ValueError if the tokenizer's chat template refuses all prompts at the beginning, and so the rest."""
+        refusals = []
+        for i, row in enumerate(rows):
+            try:
+                example = self._as_asked(self.schema.convert(row))
+            except UnusableRowError:
+                continue
+            try:
+                self._check_template(example, f"{source}, row {i}")
+                return
+            except UnusableRowError as error:
+                refusals.append(str(error))
+        if refusals:
+            raise ValueError(refusals[0])
+
+    def _check_template(self, example: Example, where: str) -> None:
+        """Raises UnusableRowError, starting with `where`, if the trainer could not render the prompt."""
+        if self.encoder is None:
+            return
+        try:
+            render(self.encoder.processing_class, {"prompt": example.prompt}, self.encoder.chat_template_kwargs, where)
+        except ValueError as error:
+            raise UnusableRowError(BAD_PROMPT, str(error)) from error
+
     def _measured(self, candidate: Candidate, example: Example) -> Candidate:
         if candidate.lost is not None:
             return candidate
         assert self.encoder is not None
         try:
             encoded = self.encoder({"prompt": [example.prompt], "completion": [candidate.text]}, [0])
-        except (ValueError, TemplateError) as error:  # an EOS inside; a prompt that the chat template refuses
+        except ValueError as error:  # an EOS inside
             text = str(error).removeprefix("Row 0: ")
             return replace(candidate, lost=BAD_DEMONSTRATION, detail=text)
         if encoded[USABLE_COLUMN] == [0]:

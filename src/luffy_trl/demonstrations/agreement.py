@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from datasets import Dataset, IterableDataset
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .encoding import demonstration_text, rendered_prompt, without_repeated_opening
+from .encoding import demonstration_text, end_of_turn, without_repeated_opening
+from .prompts import render
 
 
 # Rows whose prompts and demonstrations are compared before training
@@ -34,12 +34,16 @@ DISAGREEMENTS = {
         f"open a thought with {OPENING!r} although their prompt already ends with it, and not in a form that can be "
         "joined. Take it out of them, or out of the chat template."
     ),
+    "opened after": (
+        f"open a thought with {OPENING!r} although their prompt has already closed one with {CLOSING!r}, as templates "
+        "do that are told not to think: rollouts will not begin as they do. Let the template think "
+        "(chat_template_kwargs, such as enable_thinking: true), or take the thought out of them."
+    ),
 }
 
 
 def disagreements(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-    eos_token_ids: list[int],
     rows: Iterable[dict[str, Any]],
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[str]:
@@ -47,58 +51,55 @@ def disagreements(
 
     Args:
         processing_class: the tokenizer, or processor, that renders the prompts.
-        eos_token_ids: the tokens at which a rollout ends.
         rows: dataset rows in the data contract, before encoding; some hundred are enough.
         chat_template_kwargs: what prompts are rendered with, beside their messages.
     """
     kwargs = chat_template_kwargs or {}
     found: Counter[str] = Counter()
-    demonstrations = 0
-    conversation = None
-    for row in rows:
-        prompt = rendered_prompt(processing_class, row["prompt"], kwargs)
-        if isinstance(row["prompt"], list):
-            conversation = row["prompt"]
-        for value in _completions(row):
-            demonstrations += 1
-            found[
-                _thought_state(prompt, without_repeated_opening(prompt, demonstration_text(value, "A demonstration")))
-            ] += 1
+    unread: list[str] = []
+    for i, row in enumerate(rows):
+        try:
+            prompt = render(processing_class, row, kwargs, f"Row {i}")
+            opened, closed = _thought_of(prompt, _tail(processing_class, row, kwargs, prompt))
+            texts = [demonstration_text(value, f"Row {i}: a demonstration") for value in _completions(row)]
+        except ValueError as error:  # who must read the row refuses it; here it is only not compared
+            unread.append(str(error))
+            continue
+        found.update(_thought_state(opened, closed, without_repeated_opening(prompt, text)) for text in texts)
 
+    demonstrations = sum(found.values())
     messages = [
         f"{count} of {demonstrations} demonstrations looked at {DISAGREEMENTS[kind]}"
         for kind, count in found.items()
         if kind in DISAGREEMENTS
     ]
-    closed, without = found["agrees"] + found["never opened"], found["no thought"]
-    if closed and without:
+    ended, without = found["agrees"] + found["never opened"], found["no thought"]
+    if ended and without:
         messages.append(
             f"{without} of {demonstrations} demonstrations looked at have no {CLOSING!r}, while the others do. A "
             "reward that needs one gives them 0: leave them out, or write all of them in one form."
         )
-    if conversation is not None:
-        messages += _end_of_turn(processing_class, eos_token_ids, conversation, kwargs)
+    if unread:
+        messages.append(f"{len(unread)} rows looked at cannot be compared with the chat template: {unread[0]}")
     return messages
 
 
-def first_disagreements(
+def turn_endings(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     eos_token_ids: list[int],
-    dataset: Dataset | IterableDataset,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[str]:
-    """As [`disagreements`], of a dataset's first rows."""
-    return disagreements(processing_class, eos_token_ids, dataset.take(LOOKED_AT), chat_template_kwargs)
-
-
-def beyond_window(config: PretrainedConfig, max_completion_length: int | None) -> list[str]:
-    """The same, of a model that was made for shorter texts than it is to write."""
-    window = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if window is None or max_completion_length is None or max_completion_length < window:
+    """The same, of the token with which the chat template ends an answer and those at which generation stops."""
+    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    end = end_of_turn(processing_class, chat_template_kwargs or {})
+    if end is None or end in eos_token_ids:
         return []
+    stops = ", ".join(repr(tokenizer.decode([token])) for token in eos_token_ids)
     return [
-        f"max_completion_length={max_completion_length} and a prompt are more than the {window} tokens of the model's "
-        "window. Lower it, or extend the window: luffy-trl prepare-model --max_position_embeddings."
+        f"The chat template ends an assistant's turn with {tokenizer.decode([end])!r}, but generation stops at "
+        f"{stops}. Demonstrations and rollouts will end with the latter, and who chats with the model later may wait "
+        "for the former: set the tokenizer's eos_token and the generation config's eos_token_id to the template's "
+        "token (luffy-trl prepare-model --eos_token)."
     ]
 
 
@@ -107,33 +108,29 @@ def _completions(row: dict[str, Any]) -> list[Any]:
     return [value for value in values if value is not None]
 
 
-def _thought_state(prompt: str, text: str) -> str:
-    opened = prompt.rstrip().endswith(OPENING)
+def _tail(processing_class, row: dict[str, Any], kwargs: dict[str, Any], prompt: str) -> str:
+    """What the chat template writes behind the last message, "" where that cannot be told."""
+    if isinstance(row["prompt"], str):
+        return ""
+    messages = render(processing_class, row, kwargs, "", add_generation_prompt=False)
+    return prompt.removeprefix(messages) if prompt.startswith(messages) else ""
+
+
+def _thought_of(prompt: str, tail: str) -> tuple[bool, bool]:
+    """Whether the prompt leaves a thought open, and whether it has closed one for the answer."""
+    opening, closing = tail.rfind(OPENING), tail.rfind(CLOSING)
+    end = prompt.rstrip()
+    return opening > closing or end.endswith(OPENING), closing > opening or end.endswith(CLOSING)
+
+
+def _thought_state(opened: bool, closed: bool, text: str) -> str:
     opens, closes = text.lstrip().startswith(OPENING), CLOSING in text
     if opened and opens:
         return "opened twice"
+    if closed and opens:
+        return "opened after"
     if opened and not closes:
         return "never closed"
     if closes and not opened and not opens:
         return "never opened"
     return "agrees" if closes else "no thought"
-
-
-def _end_of_turn(processing_class, eos_token_ids: list[int], prompt: list[dict[str, Any]], kwargs) -> list[str]:
-    """Compares the token after an assistant's answer in the chat template with those at which generation stops."""
-    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
-    answer = "An answer."
-    rendered = processing_class.apply_chat_template(
-        [*prompt, {"role": "assistant", "content": answer}], tokenize=False, **kwargs
-    )
-    before, _, end = rendered.rpartition(answer)
-    after = tokenizer(end, add_special_tokens=False)["input_ids"]
-    if not before or not after or after[0] in eos_token_ids:
-        return []
-    stops = ", ".join(repr(tokenizer.decode([token])) for token in eos_token_ids)
-    return [
-        f"The chat template ends an assistant's turn with {tokenizer.decode(after[:1])!r}, but generation stops at "
-        f"{stops}. Demonstrations and rollouts will end with the latter, and who chats with the model later may wait "
-        "for the former: set the tokenizer's eos_token and the generation config's eos_token_id to the template's "
-        "token (luffy-trl prepare-model --eos_token)."
-    ]

@@ -7,7 +7,7 @@ The data contract is TRL's prompt-completion type, so the same dataset also serv
     completion_logps   optional: the behavior policy's log-prob of each token of `completion`, EOS included.
 
 They are encoded once, before training. A demonstration becomes what the policy would have had to sample: the tokens
-of its text, then EOS.
+of its text, then EOS; in a conversation the token that ends a turn in the chat template, if generation stops there.
 """
 
 import math
@@ -18,6 +18,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl import prepare_multimodal_messages
 
 
 SOURCE_COLUMNS = ("completion", "demonstrations", "completion_logps")
@@ -37,7 +38,7 @@ OVERFLOWS = ("drop", "truncate", "error")
 ENCODED_AT_ONCE = 100
 
 # Part of the datasets cache's fingerprint: raise it with every change of what encoding produces
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,9 @@ class DemonstrationEncoder:
         self.max_length = max_length
         self.overflow = overflow
         self.chat_template_kwargs = chat_template_kwargs
+        # Rollouts of a conversation end as its template does, where generation stops there
+        turn_end = end_of_turn(processing_class, chat_template_kwargs)
+        self.turn_end_id = turn_end if turn_end in eos_token_ids else self.tokenizer.eos_token_id
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         has_logps = "completion_logps" in batch
@@ -121,7 +125,7 @@ class DemonstrationEncoder:
         for i, row in enumerate(indices):
             ids_list, logps_list, dropped, truncated = [], [], 0, 0
             for where, _ in texts[i]:
-                ids = self._ended(next(flat_ids), where)
+                ids = self._ended(next(flat_ids), batch["prompt"][i], where)
                 logps = batch["completion_logps"][i] if has_logps else None
                 if logps is not None:
                     _check_logps(logps, len(ids), f"Row {row}: `completion_logps`")
@@ -149,12 +153,12 @@ class DemonstrationEncoder:
         if isinstance(value, Demonstration):
             if not value.token_ids:
                 raise ValueError(f"{where} has no tokens.")
-            ids, logps = self._ended(list(value.token_ids), where), value.logps
+            ids, logps = self._ended(list(value.token_ids), prompt, where), value.logps
             if logps is not None:
                 _check_logps(logps, len(ids), f"`logps` of {where}")
             return Demonstration(ids, logps)
         [text] = self._as_written(prompt, [demonstration_text(value, where)])
-        return Demonstration(self._ended(self.tokenizer(text, add_special_tokens=False)["input_ids"], where))
+        return Demonstration(self._ended(self.tokenizer(text, add_special_tokens=False)["input_ids"], prompt, where))
 
     def fitting(self, demonstration: Demonstration, where: str) -> Demonstration | None:
         """The demonstration, if it fits; if it does not, what `overflow` makes of it, None where it is dropped."""
@@ -196,10 +200,10 @@ class DemonstrationEncoder:
         rendered = rendered_prompt(self.processing_class, prompt, self.chat_template_kwargs)
         return [without_repeated_opening(rendered, text) for text in texts]
 
-    def _ended(self, ids: list[int], where: str) -> list[int]:
-        """The tokens with an end of sequence at their end, and nowhere else."""
+    def _ended(self, ids: list[int], prompt: str | list[dict[str, Any]], where: str) -> list[int]:
+        """The tokens with an end of sequence at their end, that of the prompt's kind, and nowhere else."""
         if not ids or ids[-1] not in self.eos_token_ids:
-            ids = [*ids, self.tokenizer.eos_token_id]
+            ids = [*ids, self.turn_end_id if isinstance(prompt, list) else self.tokenizer.eos_token_id]
         early = [i for i in ids[:-1] if i in self.eos_token_ids]
         if early:
             raise ValueError(
@@ -316,18 +320,44 @@ def rendered_prompt(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     prompt: str | list[dict[str, Any]],
     chat_template_kwargs: dict[str, Any],
+    images: list[Any] | None = None,
+    add_generation_prompt: bool = True,
 ) -> str:
     """A prompt as it stands in front of the policy."""
     if isinstance(prompt, str):
         return prompt
+    if isinstance(processing_class, ProcessorMixin):  # TRL gives these their messages in parts
+        prompt = prepare_multimodal_messages(prompt, images)
     return processing_class.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=False, **chat_template_kwargs
+        prompt, add_generation_prompt=add_generation_prompt, tokenize=False, **chat_template_kwargs
     )
 
 
+def end_of_turn(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin, chat_template_kwargs: dict[str, Any]
+) -> int | None:
+    """The token with which the chat template ends an assistant's turn: after the answer and blanks, if it is special,
+    else what follows the answer.
+
+    None where there is no chat template, or nothing but blanks follows, or the template takes no such conversation.
+    """
+    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    answer = "An answer."
+    turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
+    try:
+        rendered = rendered_prompt(processing_class, turns, chat_template_kwargs, add_generation_prompt=False)
+    except Exception:  # a template may raise anything; what it does not take, it does not end
+        return None
+    before, _, end = rendered.rpartition(answer)
+    special = set(tokenizer.added_tokens_decoder)
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if before and end.strip() else []
+    after_blanks = next((i for i in ids if i in special or tokenizer.decode([i]).strip()), None)
+    return after_blanks if after_blanks in special else next(iter(ids), None)
+
+
 def without_repeated_opening(prompt: str, text: str) -> str:
-    """The demonstration without a leading `<think>` that the rendered prompt already ends with."""
-    for opening in ("<think>\n", "<think>"):
+    """The demonstration without a leading `<think>`, or empty thought, that the rendered prompt already ends with."""
+    for opening in ("<think>\n\n</think>\n\n", "<think>\n", "<think>"):
         if prompt.endswith(opening) and text.startswith(opening):
             return text.removeprefix(opening)
     return text
