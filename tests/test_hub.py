@@ -306,8 +306,6 @@ def output_dir(make_trainer, tmp_path) -> Path:
         (["OUT", "--checkpoint", "last"], "--checkpoint last is neither a step nor 'all'"),
         (["OUT", "--checkpoint", "all", "--tag", "v1"], "--tag names one push, and --checkpoint all makes several"),
         (["OUT", "--retry_seconds", "-1"], "--retry_seconds -1.0 must be 0 or more"),
-        (["OUT", "--retry_seconds", "nan"], "--retry_seconds nan must be 0 or more, and have an end"),
-        (["OUT", "--retry_seconds", "inf"], "--retry_seconds inf must be 0 or more, and have an end"),
         (["OUT/checkpoint-1/nothing", "--repo_id", "x"], "there is no such directory"),
         (["OUT", "--hub_token", "x"], "unrecognized arguments: --hub_token x"),
     ],
@@ -584,8 +582,12 @@ def test_a_place_for_the_merged_model_that_is_none_is_refused(flags, message, re
 
 
 @pytest.mark.parametrize("flags", [["--merge"], ["--merge", "--checkpoint", "1"], ["--merge", "--to", "new"]])
-def test_merging_a_run_without_an_adapter_is_refused_once_and_for_all(flags, output_dir, capsys):
-    status, _, error = status_of([output_dir, *flags], capsys)
+def test_merging_a_run_without_an_adapter_is_refused_once_and_for_all(flags, tmp_path, capsys):
+    for directory in (tmp_path, tmp_path / "checkpoint-1"):
+        directory.mkdir(exist_ok=True)
+        save_file({"weight": torch.ones(2)}, directory / "model.safetensors")
+    (tmp_path / "checkpoint-1" / "manifest.json").write_text('{"files": {}}')
+    status, _, error = status_of([tmp_path, *flags], capsys)
     assert status == 2
     assert "holds no adapter that could be merged. Without --merge it is pushed as it is." in error
     assert "again" not in error
@@ -624,6 +626,13 @@ def test_an_adapter_that_never_merges_is_not_to_be_tried_again(damage, to, real_
         assert "1 not done, see above. It will not pass by itself" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # all or nothing
     assert not list(real_adapter.glob("_merged-*"))
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf"])
+def test_attempts_without_an_end_are_refused(seconds, adapter_dir, capsys):
+    status, _, error = status_of([adapter_dir, "--retry_seconds", seconds], capsys)
+    assert status == 2
+    assert f"--retry_seconds {seconds} must be 0 or more, and have an end" in error
 
 
 def test_what_may_pass_is_told_from_what_does_not():

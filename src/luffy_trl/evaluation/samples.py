@@ -23,7 +23,7 @@ from . import EvaluationError
 
 RUN_FILE = "run.json"
 # Bytes of the longest line that is read, and of run.json: a response of a million tokens has some ten million
-LONGEST = 1 << 26
+LONGEST_LINE = 1 << 26
 # What each line begins with, as `_line` writes it
 LINE_START = b'{"task": "'
 # Of what a message shows of a damaged file, so many characters
@@ -128,7 +128,7 @@ class SampleStore:
         whole = 0
         with open(path, "rb") as file:
             # No more than a line at a time: a file of another program may be one line without an end
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
                 try:
                     sample = _sample(line, path.stem)
                 except (ValueError, RecursionError) as error:
@@ -187,7 +187,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError("it is no file")
     with open(path, "rb") as file:
-        content = file.read(LONGEST)
+        content = file.read(LONGEST_LINE)
     kept = json.loads(content.decode())
     if not isinstance(kept, dict) or not isinstance(kept.get("data"), dict):
         raise ValueError("it is not as luffy-trl eval writes it: an object with `model`, `data` and more")
@@ -196,8 +196,8 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 def _sample(line: bytes, task: str) -> Sample:
     """The sample that a line of a task's file holds. Raises ValueError or RecursionError if it is none."""
-    if len(line) == LONGEST:
-        raise ValueError(f"it has {LONGEST} bytes and more")
+    if len(line) == LONGEST_LINE:
+        raise ValueError(f"it has {LONGEST_LINE} bytes and more")
     values = json.loads(line.decode())
     if not isinstance(values, dict):
         raise ValueError(f"it is {_shown(values)}, expected an object")
@@ -229,7 +229,7 @@ def _is_of(kind: Any, value: Any) -> bool:
 def _is_half_written(line: bytes) -> bool:
     """Whether a line without an end is the beginning of a sample, or what a loss of power has left of it."""
     written = line.rstrip(b"\0")
-    return not line.endswith(b"\n") and len(line) < LONGEST and written.startswith(LINE_START[: len(written)])
+    return not line.endswith(b"\n") and len(line) < LONGEST_LINE and written.startswith(LINE_START[: len(written)])
 
 
 def _differences(kept: dict[str, Any], settings: dict[str, Any]) -> list[str]:
