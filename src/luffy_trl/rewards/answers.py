@@ -14,6 +14,7 @@ from .spelling import plain_characters, tidy, undecorated
 LONGEST_BOX = 2_000  # characters; no gold answer of the paper's six benchmarks has more than 210
 MAX_GAP = 80  # characters; boxes further apart are two answers, of which the last counts
 LONGEST_PHRASE = 400
+MOST_ANNOUNCEMENTS = 30  # the last ones are looked at
 
 # Boxes
 
@@ -256,7 +257,7 @@ def _content(box: Box, text: str) -> str | None:
 
 def find_announced(text: str) -> str | None:
     """The value of the last announcement, such as "The answer is 5." or "#### 5"; None if it is taken back."""
-    for match in reversed(list(ANNOUNCING.finditer(text))):
+    for match in reversed(list(ANNOUNCING.finditer(text))[-MOST_ANNOUNCEMENTS:]):
         start = max(text.rfind("\n", 0, match.start()) + 1, match.start() - 100)
         before, after = text[start : match.start()], text[match.end() : match.end() + LONGEST_PHRASE]
         if match[0].endswith("####"):

@@ -5,7 +5,7 @@ Every pattern here takes time in proportion to the text, whatever it holds.
 
 import re
 
-from .answers import HYPOTHETICAL, last_boxes
+from .answers import HYPOTHETICAL, MOST_ANNOUNCEMENTS, last_boxes
 from .completions import LONGEST_ANSWER
 from .spelling import plain_characters
 
@@ -111,7 +111,7 @@ def option(text: str, in_box: bool = False) -> str | None:
 def _announced(text: str) -> str | None:
     found = [(match.end(), match) for match in ANNOUNCED.finditer(text)]
     found += [(match.start("letter"), match) for match in CALLED_RIGHT.finditer(text)]
-    for position, match in sorted(found, key=lambda pair: pair[0], reverse=True):
+    for position, match in sorted(found, key=lambda pair: pair[0], reverse=True)[:MOST_ANNOUNCEMENTS]:
         start = max(text.rfind("\n", 0, match.start()) + 1, match.start() - 60)
         rest = text[position : position + 400]
         end = SENTENCE_END.search(rest)
