@@ -48,7 +48,7 @@ def fresh(monkeypatch):
     """A pool without workers, and nothing remembered."""
     monkeypatch.setattr(verification, "_verifier", verification.Verifier())
     yield verification._verifier
-    verification._verifier.pool.close()
+    verification._verifier.close()
 
 
 # Real problems

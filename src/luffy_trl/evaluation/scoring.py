@@ -1,6 +1,5 @@
-"""From responses to scores: math by Math-Verify in worker processes, choices by their letter."""
+"""From responses to scores, as in training: math by Math-Verify in worker processes, choices by their letter."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,6 @@ from .samples import SampleStore
 
 # The original evaluation script grades what follows the thought, and the whole response where no thought ends
 DEFAULT_THOUGHT: Thought = "optional"
-
-# Template `r1_zero` asks for the answer between these, with or without a box
-ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -34,20 +30,12 @@ def judge_responses(kind: str, responses: Sequence[str], golds: Sequence[str], t
         thought: "required": what follows `</think>` counts, and nothing where it is missing; "optional": the whole
             response where it is missing; "unused": the whole response.
     """
-    parts = [_graded_text(response, thought) for response in responses]
+    parts = [answer_part(response, mode=thought) or "" for response in responses]
     if kind == "choice":
         letters = map(choice_letter, parts)
         return [Judgement(letter, letter == gold) for letter, gold in zip(letters, golds, strict=True)]
     judged = judge_math(parts, golds)
     return [Judgement(None if v.outcome == "no answer" else v.answer, v.equal) for v in judged]
-
-
-def _graded_text(response: str, thought: Thought) -> str:
-    text = answer_part(response, mode=thought) or ""
-    tagged = ANSWER_TAG.findall(text)
-    if not tagged:
-        return text
-    return tagged[-1] if "\\boxed" in tagged[-1] else f"\\boxed{{{tagged[-1].strip()}}}"
 
 
 class Scorer:

@@ -1,16 +1,25 @@
 """The reward functions, in TRL's signature: completions and the dataset's columns in, a reward per completion out."""
 
 import logging
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
+from decimal import Decimal
+from numbers import Rational, Real
 from typing import Any
 
 from .choice import choice_letter
 from .completions import THOUGHT_MODES, Thought, answer_part, completion_text
+from .spelling import INVISIBLE
 from .verification import DEFAULT_MEMORY_LIMIT, DEFAULT_TIMEOUT, check_limits, judge_math
 
 
 logger = logging.getLogger(__name__)
 MAX_REPORTED = 1000  # gold answers that are named in warnings
+LARGEST_EXACT = 2**53  # beyond it a float may be another whole number than was meant
+MAX_EXPONENT = 25  # of ten; a smaller or larger number is written with it
+TAG = re.compile(r"[<\uff1c][\s/]{0,9}think", re.IGNORECASE)
+EMPTY_GLYPHS = "\u2800\u3164\u115f\u1160\uffa0"  # Braille and Hangul that show nothing
 LogExtra = Callable[[str, list], None]
 LogMetric = Callable[[str, float], None]
 
@@ -124,7 +133,7 @@ class ChoiceReward(_AnswerReward):
         log_extra: LogExtra | None = None,
         **kwargs: Any,
     ) -> list[float | None]:
-        texts = check_solutions(self.__name__, solution, completions)
+        texts = check_solutions(self.__name__, solution, completions, numbers=False)
         golds = [choice_letter(text or "") for text in texts]
         letters = [choice_letter(answer) for answer in self.answers(completions)]
         for text, gold in zip(texts, golds, strict=True):
@@ -139,8 +148,8 @@ class FormatReward:
     """
     Whether a completion is one thought, then an answer: `<think>...</think>...`. `format_reward` is this.
 
-    The opening tag may be missing, as it is where the prompt ends with it. Neither part may be empty, and neither tag
-    may come twice.
+    The opening tag may be missing, as it is where the prompt ends with it. Neither part may be blank, and nothing else
+    may look like a tag of thoughts, such as `<think >` or `<THINK>`.
     """
 
     __name__ = "format_reward"
@@ -149,27 +158,53 @@ class FormatReward:
         return [float(self.is_well_formed(completion_text(completion))) for completion in completions]
 
     def is_well_formed(self, text: str) -> bool:
-        text = text.strip().removeprefix("<think>")
-        thought, _, answer = text.partition("</think>")
-        return "<think>" not in text and "</think>" not in answer and bool(thought.strip()) and bool(answer.strip())
+        text = text.translate(INVISIBLE).strip().removeprefix("<think>")
+        thought, found, answer = text.partition("</think>")
+        if not found or TAG.search(thought) or TAG.search(answer):
+            return False
+        return not is_blank(thought) and not is_blank(answer)
 
 
-def check_solutions(name: str, solution: Sequence[str | None] | None, completions: list) -> Sequence[str | None]:
+def is_blank(text: str) -> bool:
+    """Whether nothing of it can be seen: spaces, controls, formats, marks without a letter, and empty glyphs."""
+    return all(unicodedata.category(c)[0] in "ZCM" or c in EMPTY_GLYPHS for c in text)
+
+
+def check_solutions(
+    name: str, solution: Sequence[Any] | None, completions: list, numbers: bool = True
+) -> list[str | None]:
     """
+    The gold answers as exact text: numbers with all their digits.
+
     Raises:
-        ValueError: if the dataset has no column `solution`, or it is no text.
+        ValueError: if the dataset has no column `solution`, or naming the row of what is neither text nor an exact
+            number. `numbers`: whether there may be any.
     """
     if solution is None:
         raise ValueError(f"{name} needs the dataset's column `solution`, the gold answer of each prompt, as text.")
     if len(solution) != len(completions):
         raise ValueError(f"{name}: {len(completions)} completions, but {len(solution)} solutions.")
-    for gold in solution:
-        if gold is not None and not isinstance(gold, str):
-            raise ValueError(
-                f"{name}: `solution` is {type(gold).__name__} {gold!r}, but must be text: "
-                "dataset.map(lambda row: {'solution': str(row['solution'])})."
-            )
-    return solution
+    return [_gold_text(name, gold, row, numbers) for row, gold in enumerate(solution)]
+
+
+def _gold_text(name: str, gold: Any, row: int, numbers: bool) -> str | None:
+    if gold is None or isinstance(gold, str):
+        return gold
+    wrong = f"{name}: `solution` is {type(gold).__name__} {str(gold)[:100]}, but must be text"
+    if not numbers or isinstance(gold, bool) or not isinstance(gold, Real | Decimal):
+        raise ValueError(f"{wrong}, in row {row} of the batch: make the column text, or correct the row.")
+    if isinstance(gold, Rational):  # int, Fraction, numpy's integers
+        return str(gold)
+    number = Decimal(str(gold))  # the shortest decimal that is this float
+    if not number.is_finite():
+        raise ValueError(f"{wrong} or a finite number, in row {row} of the batch: correct the row, or take it out.")
+    if isinstance(gold, Real) and abs(number) > LARGEST_EXACT:
+        raise ValueError(
+            f"{wrong}, in row {row} of the batch: a float of this size may have lost digits. Read it as text."
+        )
+    if number == number.to_integral_value():
+        number = number.quantize(Decimal(1)) if abs(number.adjusted()) < MAX_EXPONENT else number
+    return f"{number:f}" if abs(number.adjusted()) < MAX_EXPONENT else str(number)
 
 
 math_reward = MathReward()

@@ -2,22 +2,22 @@
 
 import atexit
 import os
-import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from .answers import read_gold
 from .completions import LONGEST_ANSWER
 from .pool import WorkerPool, default_workers
 
 
-# Outside \text{}; no gold answer of the paper's six benchmarks has more than 2, but for one sentence
-MAX_GOLD_WORDS = 6
 CACHE_SIZE = 100_000  # verdicts
 DEFAULT_TIMEOUT = 10.0  # seconds
 DEFAULT_MEMORY_LIMIT = 1024  # MiB
+MAX_POOLS = 4  # calls from different threads that are worked on at once
 MIN_MEMORY_LIMIT = 256  # MiB; Math-Verify alone takes about 60
 
 
@@ -46,15 +46,16 @@ def verify_math(answers: Sequence[str], golds: Sequence[str], timeout: float = D
     Whether each answer equals its gold answer, mathematically.
 
     Args:
-        answers: texts that hold an answer, as a model wrote them, without the thought. A box counts first, the last
-            one of several, then a formula that is announced ("the answer is $2$"). Of more than 10,000 characters the
-            end is read.
-        golds: as many gold answers: bare LaTeX (`\frac12`), `$...$`, or a text with `\boxed{...}`.
+        answers: texts that hold an answer, as a model wrote them, without the thought. A box (or `<answer>`) counts
+            first, the last one of several that nothing joins, then what is announced last ("The answer is 2.",
+            `#### 2`). Of more than 10,000 characters the end is read.
+        golds: as many gold answers: bare LaTeX (`\frac12`), `$...$`, with a unit ("72 clips"), or written as
+            answers are.
         timeout: seconds for one answer, by the clock.
 
     Returns:
         True: equal. False: not equal, no answer in it, over the time or memory limit, or too much for the parser.
-        None: the gold answer cannot be parsed, see [`is_parsable`].
+        None: the gold answer cannot be read, see [`~luffy_trl.rewards.answers.read_gold`].
     """
     return [verdict.equal for verdict in judge_math(answers, golds, timeout=timeout)]
 
@@ -99,45 +100,63 @@ def check_limits(timeout: float, memory_limit: int, workers: int | None) -> None
         raise ValueError(f"workers={workers} must be 1 or more.")
 
 
-def is_parsable(gold: str) -> bool:
-    """
-    Whether a gold answer can be compared with: not blank, not cut off within braces, no running text.
-
-    Math-Verify itself reads anything in a box: a sentence becomes the product of its letters, which no answer equals.
-    """
-    if not gold.strip() or len(gold) > LONGEST_ANSWER or gold.count("{") != gold.count("}"):
-        return False
-    words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\\(?:text\w*|begin|end)\{[^{}]*\}|\\[A-Za-z]+", " ", gold))
-    return "\\boxed" in gold or len(words) <= MAX_GOLD_WORDS
-
-
 class Verifier:
-    """The worker pool of this process, and its verdicts."""
+    """The worker pools of this process, and their verdicts.
+
+    A call has a pool to itself, so that an answer that hangs holds up no other thread; one pool stays for the next
+    call, others while there is room.
+    """
 
     def __init__(self):
         self.pool = WorkerPool()
         self.cache: OrderedDict[bytes, Verdict] = OrderedDict()
-        self.lock = threading.Lock()
+        self.forget_threads()
+
+    def forget_threads(self) -> None:
+        self.lock = threading.Lock()  # of what follows, and of the cache; never held while workers work
+        self.idle = [self.pool]
+        self.in_use: list[WorkerPool] = []
+        self.room = threading.BoundedSemaphore(MAX_POOLS)
 
     def judge(self, requests: list[dict], workers: int) -> list[Verdict]:
         keys = [blake2b(repr(request).encode(), digest_size=16).digest() for request in requests]
         with self.lock:
             verdicts = {key: self.cache[key] for key in keys if key in self.cache}
-            new = {key: request for key, request in zip(keys, requests, strict=True) if key not in verdicts}
+        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in verdicts}
+        if new:
             verdicts |= self.judge_new(new, workers)
+        with self.lock:
             self.remember(verdicts)
         return [verdicts[key] for key in keys]
 
     def judge_new(self, requests: dict[bytes, dict], workers: int) -> dict[bytes, Verdict]:
         verdicts = {}
         for key, request in requests.items():
-            if not is_parsable(request["gold"]):
+            if not request["gold"].strip() or len(request["gold"]) > LONGEST_ANSWER:
                 verdicts[key] = GOLD_NOT_PARSED
             elif not request["answer"].strip():
-                verdicts[key] = NO_ANSWER
+                verdicts[key] = GOLD_NOT_PARSED if read_gold(request["gold"]) is None else NO_ANSWER
         hard = [key for key in requests if key not in verdicts]
-        replies = self.pool.run([requests[key] for key in hard], workers)
+        with self.borrowed_pool() as pool:
+            replies = pool.run([requests[key] for key in hard], workers)
         return verdicts | {key: Verdict(**reply) for key, reply in zip(hard, replies, strict=True)}
+
+    @contextmanager
+    def borrowed_pool(self) -> Iterator[WorkerPool]:
+        with self.room:
+            with self.lock:
+                pool = self.idle.pop() if self.idle else WorkerPool()
+                self.in_use.append(pool)
+            try:
+                yield pool
+            finally:
+                with self.lock:
+                    self.in_use.remove(pool)
+                    self.idle.insert(0 if pool is not self.pool else len(self.idle), pool)
+
+    def close(self) -> None:
+        for pool in [*self.idle, *self.in_use]:
+            pool.close()
 
     def remember(self, verdicts: dict[bytes, Verdict]) -> None:
         for key, verdict in verdicts.items():
@@ -147,10 +166,11 @@ class Verifier:
             self.cache.popitem(last=False)
 
     def after_fork(self) -> None:
-        self.lock = threading.Lock()  # another thread may have held it
-        self.pool.abandon()
+        for pool in [*self.idle, *self.in_use]:
+            pool.abandon()
+        self.forget_threads()  # of which this process has none of those that held locks and pools
 
 
 _verifier = Verifier()
-atexit.register(_verifier.pool.close)
+atexit.register(_verifier.close)
 os.register_at_fork(after_in_child=_verifier.after_fork)

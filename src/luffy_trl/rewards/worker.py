@@ -9,69 +9,39 @@ request was too much".
 import json
 import logging
 import os
-import re
 import resource
 import signal
 import sys
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 
-from latex2sympy2_extended import NormalizationConfig
-from math_verify import LatexExtractionConfig, parse, verify
+from .answers import find_answer, read_gold
+from .comparison import equal, parsed
 
 
-# Boxed answers first, else a formula that is announced ("the answer is $2$"); `\frac12` and `\sqrt2` are fine LaTeX
-ANSWER = LatexExtractionConfig(
-    boxed_match_priority=0,
-    try_extract_without_anchor=False,
-    normalization_config=NormalizationConfig(units=True, malformed_operators=True, nits=True),
-)
-# Between two boxes that are one answer: "\\boxed{1} or $x = \\boxed{2}$"
-JOINED = re.compile(r"[\s$]*(?:,|;|and|or|, and|, or)[\s$]*(?:\w+\s*=\s*)?")
-MAX_GAP = 40  # characters; a longer gap joins nothing
 MAX_SHOWN = 200  # characters of a parsed answer that are sent back
 MAX_SERVED = 5000  # requests, some 50 MB of growth
 HAS_MEMORY_LIMIT = sys.platform == "linux"  # macOS takes the limit and ignores it
 
 
-def from_last_box(text: str) -> str:
-    """The text from its last box on, with those before it that "and", "or" or a comma join to it.
-
-    Math-Verify would take all boxes of a text for one answer, also those that it goes on to correct.
-    """
-    starts = [match.start() for match in re.finditer(r"\\boxed\b", text)]
-    if len(starts) < 2:
-        return text
-    answer = text[starts[-1] :]
-    for start, following in reversed(list(pairwise(starts))):
-        box, _, gap = text[start:following].rpartition("}")
-        if not JOINED.fullmatch(gap[:MAX_GAP]):
-            break
-        answer = f"{box}}}, {answer}"
-    return answer
-
-
-def parse_answer(text: str) -> list:
-    text = from_last_box(text)
-    return parse(text, extraction_config=[ANSWER], extraction_mode="first_match", parsing_timeout=None)
-
-
 @lru_cache(maxsize=4096)  # the completions of a group share their gold
-def parse_gold(gold: str) -> list:
-    return parse_answer(gold if "\\boxed" in gold else f"\\boxed{{{gold}}}")
+def parse_gold(gold: str) -> str | None:
+    """The gold answer in tidy LaTeX, None if no answer could equal it."""
+    latex = read_gold(gold)
+    return latex if latex and parsed(latex) else None
 
 
 def judge(answer: str, gold: str) -> dict:
-    parsed_gold = parse_gold(gold)
-    if not parsed_gold:
+    gold_latex = parse_gold(gold)
+    if gold_latex is None:
         return {"equal": None, "outcome": "gold not parsed"}
-    parsed = parse_answer(answer)
-    if not parsed:
+    parts = find_answer(answer)
+    if not any(map(parsed, parts)):
         return {"equal": False, "outcome": "no answer"}
-    equal = verify(parsed_gold, parsed, timeout_seconds=None)
-    # The last entry is the text that was taken for the answer
-    return {"equal": equal, "outcome": "equal" if equal else "different", "answer": str(parsed[-1])[:MAX_SHOWN]}
+    # Several boxes are one answer, unless they say the same: "\\boxed{\\frac12} or \\boxed{0.5}"
+    right = equal(gold_latex, ", ".join(parts)) or (len(parts) > 1 and all(equal(gold_latex, part) for part in parts))
+    shown = ",".join(str(parsed(part)[-1]) for part in parts if parsed(part))
+    return {"equal": right, "outcome": "equal" if right else "different", "answer": shown[:MAX_SHOWN]}
 
 
 def limit_memory(megabytes: int) -> None:
