@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from luffy_trl.runs.checkpoints import find_checkpoint
+from luffy_trl.runs.checkpoints import damage, find_checkpoint
 from luffy_trl.runs.untrusted import is_allowed
 
 
@@ -64,6 +64,8 @@ def test_a_run_goes_on_from_a_checkpoint_on_the_hub(trained, make_trainer, tmp_p
     found = Path(find_checkpoint("me/run", tmp_path / "two"))
     assert (found / "optimizer.pt").is_file()
     assert not (found / "chat_template.jinja").exists()
+    assert damage(found) is None  # as far as it is read
+    assert find_checkpoint(str(found), tmp_path / "two") == str(found)
     trainer = make_trainer(max_steps=2, output_dir=str(tmp_path / "two"))
     trainer.train(resume_from_checkpoint="me/run@main")
     assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [1, 2]

@@ -8,6 +8,7 @@ loaded. Pickles that are read without it are not on the list: DeepSpeed's `globa
 """
 
 import atexit
+import json
 import re
 import shutil
 import tempfile
@@ -68,14 +69,19 @@ def allowed_part(checkpoint: Path, name: str) -> Path:
             "holds pickles instead, which run code when they are loaded, and are never read from the Hub. If you "
             "trust it, download it and give its directory."
         )
-    sizes = read_manifest(checkpoint).get("files")
-    for file, size in (sizes if isinstance(sizes, dict) else {}).items():
-        if is_allowed(file) and (file not in files or files[file].stat().st_size != size):
+    manifest = read_manifest(checkpoint)
+    sizes = manifest.get("files")
+    sizes = {file: size for file, size in sizes.items() if is_allowed(file)} if isinstance(sizes, dict) else {}
+    for file, size in sizes.items():
+        if file not in files or files[file].stat().st_size != size:
             raise CannotResumeError(f"{where} is damaged: {file} is not there, or has not the size in its {MANIFEST}.")
     for file, path in files.items():
         if path.suffix in (".pt", ".pth"):
             _check_state(path, f"{where}: {file}")
-    return _view(files, name)
+    view = _view({file: path for file, path in files.items() if file != MANIFEST}, name)
+    if manifest:
+        (view / MANIFEST).write_text(json.dumps(manifest | {"files": sizes}))
+    return view
 
 
 def _check_state(path: Path, what: str) -> None:
