@@ -8,6 +8,7 @@ from datasets import Dataset, IterableDataset
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from luffy_trl import LuffyTrainer
+from luffy_trl.commands.cli import main
 from luffy_trl.shaping import SHAPINGS, get_shaping
 from luffy_trl.tasks.letter_walk import build_tokenizer, letter_walk_reward
 
@@ -250,3 +251,12 @@ def test_a_plain_grpo_config(tiny_model_dir, walks, tmp_path):
     args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(TypeError, match="`args` is a GRPOConfig; LuffyTrainer takes a LuffyConfig"):
         LuffyTrainer(str(tiny_model_dir), letters_reward, args, train_dataset=walks)
+
+
+def test_the_command_refuses_a_reward_that_is_not_there_before_the_model(tmp_path, capsys):
+    flags = ["--solved_reward", "letters", "--use_cpu", "--bf16", "False", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", *flags])
+    assert exit_.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "solved_reward='letters' is not the name of a reward function. Give one of 'letter_walk_reward'" in last

@@ -5,7 +5,8 @@ from typing import Any
 
 from trl import ModelConfig
 
-from ..checks import check_options, check_reward_inputs
+from ..advantages import deciding_reward
+from ..checks import check_options, check_reward_inputs, reward_name
 from ..config import LuffyConfig
 from ..hub.card import CardFacts
 from ..hub.queue import what_is_missing
@@ -96,6 +97,7 @@ def make_trainer(
     """The trainer of a run. Raises ValueError or OSError for what does not go together, or is not there."""
     dataset_name = script_args.dataset_name or EMBEDDED_TASK
     reward_funcs = load_reward_funcs(script_args.reward_funcs, dataset_name)
+    deciding_reward([reward_name(function) for function in reward_funcs], training_args.solved_reward)
     check_model(model_args)
     splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
     data = {"train_dataset": load_split(splits, script_args.dataset_train_split, dataset_name)}
