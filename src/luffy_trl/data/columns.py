@@ -18,7 +18,8 @@ from datasets import Features, Json, List, Value
 from .numbers import FLOAT_EXACT, exact_text, held_by_float, is_number, plain, whole_number
 
 
-NUMBERS = {"int", "wide", "float", "exact"}
+NUMBER_KINDS = {"int", "wide", "float", "exact"}
+FLOATS = Value("float64")
 WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
 REAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,9})?")
 TRUTH = {"True": True, "true": True, "TRUE": True, "False": False, "false": False, "FALSE": False}
@@ -42,6 +43,9 @@ class Kind:
         if isinstance(value, list):
             self.seen.add("list")
             self.item = self.item or Kind()
+            if set(map(type, value)) == {float}:  # thousands of log-probs
+                self.item.seen.add("float")
+                return
             for item in value:
                 self.item.see(item)
         elif isinstance(value, dict):
@@ -80,7 +84,7 @@ def _scalar_feature(seen: set[str]) -> Value | None:
         return Value("int64")
     if seen <= {"int", "float"}:
         return Value("float64")
-    if seen <= NUMBERS | {"text"}:
+    if seen <= NUMBER_KINDS | {"text"}:
         return Value("string")
     return Value("bool") if seen == {"truth"} else None
 
@@ -151,6 +155,8 @@ def fitted(value: Any, feature: Any) -> Any:
     if isinstance(feature, Json):
         return json.dumps(plain(value), ensure_ascii=False)
     if isinstance(feature, List):
+        if feature.feature == FLOATS and set(map(type, value)) == {float}:
+            return value
         return [fitted(item, feature.feature) for item in value]
     if isinstance(feature, dict):
         return {key: fitted(value.get(key), inner) for key, inner in feature.items()}

@@ -42,7 +42,8 @@ def whole_number(text: str) -> int | Decimal:
 def real_number(text: str) -> float | Decimal:
     """A literal with a point or an exponent: as float, where that is written with the same digits, else as Decimal."""
     value = float(text)
-    return value if repr(value) == text else Decimal(text)
+    is_held = (len(text) <= 15 and "e" not in text and "E" not in text) or repr(value) == text
+    return value if is_held else Decimal(text)
 
 
 def held_by_float(value: Decimal) -> bool:

@@ -16,8 +16,8 @@ from ..demonstrations.encoding import brief, column_names
 from .numbers import exact_text, is_finite, is_number
 
 
-ROWS_AT_ONCE, STREAMED_AT_ONCE = 1000, 100
-NUMBERS = ("int", "uint", "float", "decimal")
+CHECKED_AT_ONCE, STREAMED_AT_ONCE = 1000, 100  # rows
+NUMBER_TYPES = ("int", "uint", "float", "decimal")
 # Python's float has more digits than these, all of them made up
 SHORT_FLOATS = {"float16": np.float16, "float32": np.float32}
 EXPECTED_PROMPT = "expected a text, or a list of messages"
@@ -73,7 +73,7 @@ def _check_all_prompts(dataset: Dataset, where: str) -> None:
 def _column_batches(dataset: Dataset, column: str) -> Iterator[list[Any]]:
     """A column's values, some at a time; images in them are not decoded."""
     is_json = isinstance(dataset.features[column], Json)
-    for table in dataset.select_columns([column]).with_format("arrow").iter(ROWS_AT_ONCE):
+    for table in dataset.select_columns([column]).with_format("arrow").iter(CHECKED_AT_ONCE):
         values = table[column].to_pylist()
         yield [json.loads(v) if isinstance(v, str) else v for v in values] if is_json else values
 
@@ -181,7 +181,7 @@ def with_text_answers(dataset: Dataset, column: str, where: str, missing_if_bad:
 
 
 def _may_hold_numbers(feature: Any) -> bool:
-    return isinstance(feature, Json) or (isinstance(feature, Value) and feature.dtype.startswith(NUMBERS))
+    return isinstance(feature, Json) or (isinstance(feature, Value) and feature.dtype.startswith(NUMBER_TYPES))
 
 
 def _dtype(feature: Any) -> str | None:
