@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 TINY_UPDATE = ["--prompts", 2, "--group_size", 2, "--micro_batch", 2, "--runs", 1, "--divide", 256]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments", "bars", "table"),
     [
