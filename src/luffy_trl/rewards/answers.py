@@ -144,7 +144,8 @@ def find_answer(text: str) -> list[str]:
     boxes = find_boxes(text)
     if boxes:
         contents = [_content(box, text) for box in _last_group(boxes, text)]
-        return [] if None in contents else list(dict.fromkeys(contents))
+        readable = [content for content in contents if content is not None]
+        return list(dict.fromkeys(readable)) if len(readable) == len(contents) else []
     announced = find_announced(text)
     return [announced] if announced else []
 
@@ -203,7 +204,8 @@ def last_boxes(text: str) -> list[str]:
     """What the last box holds, and those joined to it. Empty if the last one never ends."""
     boxes = find_boxes(text)
     contents = [box.content for box in _last_group(boxes, text)] if boxes else []
-    return [] if None in contents else contents
+    readable = [content for content in contents if content is not None]
+    return readable if len(readable) == len(contents) else []
 
 
 def _closing_braces(text: str) -> dict[int, int]:

@@ -51,7 +51,7 @@ CALLED_RIGHT = re.compile(
 )
 LISTED_BEFORE = re.compile(r"(?:\b(?:and|or|nor|neither|not)|\b[A-J],|&)[\s(*]{1,4}$")
 NEGATION = re.compile(r"[\s:*_]{0,5}(?:not|neither|never|n't|no\slonger|none)\b", re.IGNORECASE)
-SENTENCE_END = re.compile(r"[?!](?=[\s*_\"')]|$)|(?<![A-J(][A-J])(?<!\s[A-J])\.(?=\s|$)|\n")
+PHRASE_END = re.compile(r"[?!](?=[\s*_\"')]|$)|(?<![A-J(][A-J])(?<!\s[A-J])\.(?=\s|$)|\n")
 OPTION_LINE = re.compile(
     rf"{OPEN}(?:{NOUN}{OPEN})?(?P<letter>[A-HJ])(?:[).:](?=[\s*_)}}$]|$)|\)|\s?[-\u2013\u2014]\s)"
 )
@@ -114,7 +114,7 @@ def _announced(text: str) -> str | None:
     for position, match in sorted(found, key=lambda pair: pair[0], reverse=True)[:MOST_ANNOUNCEMENTS]:
         start = max(text.rfind("\n", 0, match.start()) + 1, match.start() - 60)
         rest = text[position : position + 400]
-        end = SENTENCE_END.search(rest)
+        end = PHRASE_END.search(rest)
         if (
             HYPOTHETICAL.search(text[start : match.start()].rstrip() + " ")
             or NEGATION.match(rest)
