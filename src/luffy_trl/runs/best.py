@@ -30,10 +30,8 @@ class BestByRewardMixin(GRPOTrainer):
     """
     GRPOTrainer whose best model is the one with the highest reward. Goes before [`WholeCheckpointMixin`].
 
-    What differs from [`~trl.GRPOTrainer`], override by override:
-
-    - `check_before_training`: refuses a `metric_for_best_model` that no evaluation logs;
-    - `log`: of several evaluation sets each logs under its own name, `eval_NAME_reward`. TRL's have one name for all.
+    What it adds: `check_before_training` refuses a `metric_for_best_model` that no evaluation logs. Of several evaluation
+    sets it takes `eval_NAME_reward`, which [`~luffy_trl.runs.evaluations.EvaluationSetsMixin`] logs.
     """
 
     def check_before_training(self) -> None:
@@ -42,14 +40,6 @@ class BestByRewardMixin(GRPOTrainer):
         callbacks = self.callback_handler.callbacks
         for message in settle_metric(self.args, callbacks, sets, self.reward_func_names, self.reward_funcs):
             logger.warning(message)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not self.model.training and isinstance(self.eval_dataset, dict):
-            metrics = self._metrics["eval"]
-            for name in [name for name in self.eval_dataset if f"eval_{name}_runtime" in logs]:
-                for key in list(metrics):
-                    metrics[f"{name}_{key}"] = metrics.pop(key)
-        super().log(logs, start_time)
 
 
 def choose_by_reward(args: TrainingArguments) -> None:
