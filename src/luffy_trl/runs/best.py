@@ -30,8 +30,8 @@ class BestByRewardMixin(GRPOTrainer):
     """
     GRPOTrainer whose best model is the one with the highest reward. Goes before [`WholeCheckpointMixin`].
 
-    What it adds: `check_before_training` refuses a `metric_for_best_model` that no evaluation logs. Of several evaluation
-    sets it takes `eval_NAME_reward`, which [`~luffy_trl.runs.evaluations.EvaluationSetsMixin`] logs.
+    What it adds: `check_before_training` refuses a `metric_for_best_model` that no evaluation logs. Of several
+    evaluation sets it takes `eval_NAME_reward`, which [`~luffy_trl.runs.evaluations.EvaluationSetsMixin`] logs.
     """
 
     def check_before_training(self) -> None:
