@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.logging import MultiProcessAdapter
 from datasets import Dataset
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -42,6 +43,12 @@ def pytest_configure():
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # fast tests first
+
+
+@pytest.fixture(autouse=True)
+def every_warning_is_new():
+    """What is warned of once a process is warned of once a test."""
+    MultiProcessAdapter.warning_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

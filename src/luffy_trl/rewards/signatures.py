@@ -26,8 +26,8 @@ def misfit(function: Callable, given: set[str]) -> str | None:
     try:
         # of the function itself: what it may wrap is called by it, and not by the trainer
         parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
-    except ValueError:
-        return f"does not say which arguments it takes. Write {FORM}."
+    except ValueError:  # compiled code: nobody knows what it takes
+        return None
     for parameter in parameters:
         if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
             return f"takes {parameter.name!r} by position alone, and is given it by name. Write {FORM}."
