@@ -126,7 +126,6 @@ def run_sft(
 
 def _run_sft(script_args: LuffyScriptArguments, training_args: LuffySFTConfig, model_args: ModelConfig) -> SFTTrainer:
     with before_training():
-        check_model(model_args)
         checkpoint = resume_point(training_args, model_args)
         rows, eval_rows, prompts = load_rows(script_args, training_args, model_args)
         warn_of_checkpoints(training_args)
@@ -172,6 +171,7 @@ def load_rows(
     if len(rows) == 0:
         raise ValueError(f"--dataset_name {dataset_name}: none of its {len(dataset)} rows has a demonstration.")
     eval_dataset = load_eval_split(splits, script_args, training_args, dataset_name)
+    check_model(model_args)
     check_reading(model_args, training_args, {"train_dataset": dataset, "eval_dataset": eval_dataset})
     eval_rows = None if eval_dataset is None else to_prompt_completion(eval_dataset)
     return rows, eval_rows, len(dataset)

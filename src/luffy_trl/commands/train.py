@@ -98,7 +98,6 @@ def make_trainer(
     dataset_name = script_args.dataset_name or EMBEDDED_TASK
     reward_funcs = load_reward_funcs(script_args.reward_funcs, dataset_name)
     deciding_reward([reward_name(function) for function in reward_funcs], training_args.solved_reward)
-    check_model(model_args)
     splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
     data = {"train_dataset": load_split(splits, script_args.dataset_train_split, dataset_name)}
     if (eval_dataset := load_eval_split(splits, script_args, training_args, dataset_name)) is not None:
@@ -107,6 +106,7 @@ def make_trainer(
     for name, dataset in data.items():
         check_reward_inputs(reward_funcs, dataset, "--reward_funcs", f"the {name} of --dataset_name {dataset_name}")
     settle_metric(training_args, (), (), [function.__name__ for function in reward_funcs], reward_funcs)
+    check_model(model_args)
     check_reading(model_args, training_args, data)
     warn_of_checkpoints(training_args)
     return LuffyTrainer(
