@@ -47,11 +47,6 @@ def equal(gold: str, answer: str) -> bool:
     return any(_equal(g, a) for g in readings(gold) for a in readings(answer))
 
 
-def is_formula(latex: str) -> bool:
-    """Whether Math-Verify can parse it; of other texts only equal ones are equal."""
-    return any(len(parsed(reading)) == 2 for reading in readings(latex))
-
-
 def _equal(gold: str, answer: str) -> bool:
     (gold, gold_bases), (answer, answer_bases) = without_bases(gold), without_bases(answer)
     if gold_bases and answer_bases and gold_bases != answer_bases:
