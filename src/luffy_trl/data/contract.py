@@ -8,11 +8,11 @@ from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from .loading import first_rows
+from .problems import MESSAGES, problems_to_contract, recognise_problems
 from .schemas import Candidate, Example, Message, Schema, UnusableRowError, recognise
 
 
 logger = get_logger(__name__)
-MESSAGES = List({"role": Value("string"), "content": Value("string")})
 # Raise it with every change of what conversion produces: part of the datasets cache's fingerprint
 CONVERSION_VERSION = 1
 
@@ -72,7 +72,7 @@ def _is_right(candidate: Candidate) -> bool:
 
 
 def to_contract(dataset: Dataset | IterableDataset, where: str) -> Dataset | IterableDataset:
-    """A dataset in a published schema in the columns of the contract, any other as it is.
+    """A dataset in a published schema, or a table of problems, in the columns of the contract; any other as it is.
 
     One line says so. Rows that cannot be used are left out: counted in that line, or, of a stream, warned of one
     by one.
@@ -80,7 +80,8 @@ def to_contract(dataset: Dataset | IterableDataset, where: str) -> Dataset | Ite
     columns = dataset.column_names or list(first_rows(dataset, 1, where)[0])
     schema = recognise(columns)
     if schema is None:
-        return dataset
+        problems = recognise_problems(columns)
+        return dataset if problems is None else problems_to_contract(dataset, columns, problems, where)
     features = contract_features(True, schema.several)
     target = "demonstrations" if schema.several else "completion"
     says = f"{where} has the columns of {schema.name}: read as prompt, {target} and solution"

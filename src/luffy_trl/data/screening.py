@@ -7,8 +7,9 @@ from datasets import Features, List, Value
 
 from ..demonstrations.encoding import USABLE_COLUMN, DemonstrationEncoder
 from ..demonstrations.prompts import render
-from .contract import MESSAGES, as_messages
+from .contract import as_messages
 from .filters import BenchmarkIndex, problem_key
+from .problems import MESSAGES
 from .schemas import (
     BAD_DEMONSTRATION,
     BAD_PROMPT,
