@@ -53,6 +53,12 @@ def test_luffy_learns_what_grpo_cannot(tmp_path, capsys):
     assert curves["demonstration"][-1] > 0.5
     assert Image.open(tmp_path / "curves.png").size[0] > 1000
 
+    # the report is of its three runs, and opens where there are demonstrations
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Report of 3 runs" in page
+    assert '<option value="1" selected>luffy</option>' in page
+    assert page.count("70 of 70") == 3
+
     # the checkpoint is a model like any other
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "luffy")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "luffy")

@@ -7,7 +7,7 @@ from .logs import Run
 from .page import Filled, look
 
 
-LINE_STYLES = {"": "-", "6 4": "--", "2 3": ":"}
+LINE_STYLES = {"": "-", "6 4": "--", "2 3": ":", "8 3 2 3": "-."}
 
 
 def write_pictures(directory: Path, runs: Sequence[Run], panels: Filled) -> list[Path]:
