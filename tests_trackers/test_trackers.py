@@ -1,4 +1,4 @@
-"""Training that reports to Trackio, W&B (offline) and TensorBoard, and what each of them has kept: `make test-trackers`."""
+"""Training that reports to Trackio, W&B (offline) and TensorBoard, and what each has kept: `make test-trackers`."""
 
 import json
 import os
