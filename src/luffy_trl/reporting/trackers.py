@@ -15,7 +15,7 @@ from .panels import filled_panels
 from .pictures import write_pictures
 
 
-NAME = "report/{}"  # of a picture, beside the metrics
+PICTURE_NAME = "report/{}"  # of a picture, beside the metrics
 
 
 class TrackerPictures(TrainerCallback):
@@ -49,14 +49,14 @@ def draw(state: TrainerState, directory: Path) -> list[Path]:
 def _to_trackio(pictures: Sequence[Path], trainer: Trainer) -> None:
     import trackio
 
-    trackio.log({NAME.format(path.stem): trackio.Image(path) for path in pictures})
+    trackio.log({PICTURE_NAME.format(path.stem): trackio.Image(path) for path in pictures})
 
 
 def _to_wandb(pictures: Sequence[Path], trainer: Trainer) -> None:
     import wandb
 
     if wandb.run is not None:  # WANDB_MODE=disabled
-        wandb.log({NAME.format(path.stem): wandb.Image(str(path)) for path in pictures})
+        wandb.log({PICTURE_NAME.format(path.stem): wandb.Image(str(path)) for path in pictures})
 
 
 def _to_tensorboard(pictures: Sequence[Path], trainer: Trainer) -> None:
@@ -65,7 +65,7 @@ def _to_tensorboard(pictures: Sequence[Path], trainer: Trainer) -> None:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             for path in pictures:
-                name = NAME.format(path.stem)
+                name = PICTURE_NAME.format(path.stem)
                 callback.tb_writer.add_image(name, imread(path), trainer.state.global_step, dataformats="HWC")
 
 
