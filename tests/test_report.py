@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from tokenizers.processors import ByteLevel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -424,6 +425,16 @@ def test_the_legends_of_all_panels_have_a_row_for_each_run(run, tmp_path):
     assert "Reward mean of a completion" in text
     assert "last rollouts demonstrations run 0.4 1 other - -" in text
     assert "last rollouts run - other 0.3" in text
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_of_many_lines_have_room_for_them(run, tmp_path):
+    for n in range(9):
+        shutil.copytree(run, tmp_path / "all" / f"run_{n}_with_a_name")
+    report(tmp_path, tmp_path / "all")
+    with Image.open(tmp_path / "report" / "reward.png") as many, Image.open(tmp_path / "report" / "loss.png") as fewer:
+        assert many.width == fewer.width
+        assert many.height > fewer.height > 352  # 18 lines, 9, and a picture's usual height
 
 
 def test_each_evaluation_set_is_a_line(run, tmp_path):
