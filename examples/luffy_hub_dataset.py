@@ -21,7 +21,7 @@ from trl import TrlParser
 
 from luffy_trl import LuffyConfig, LuffyTrainer
 from luffy_trl.data.contract import to_contract
-from luffy_trl.data.loading import load_splits
+from luffy_trl.data.loading import choose_split, load_splits
 from luffy_trl.reporting.trackers import TrackerPictures
 from luffy_trl.rewards import math_reward_optional_thought
 
@@ -57,11 +57,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.set_defaults(**DEFAULTS)
     args, config = parser.parse_args_and_config(argv)
     where = f"--dataset {args.dataset}"
+    try:
+        dataset = to_contract(choose_split(load_splits(args.dataset, where), args.split, where, "--split"), where)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     trainer = LuffyTrainer(
         model=args.model,
         reward_funcs=math_reward_optional_thought,  # 1 for the right answer, by Math-Verify
         args=config,
-        train_dataset=to_contract(load_splits(args.dataset, where)[args.split], where),
+        train_dataset=dataset,
     )
     trainer.add_callback(TrackerPictures(trainer))
     trainer.train()

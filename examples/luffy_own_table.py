@@ -61,7 +61,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = TrlParser((Arguments, LuffyConfig), description=__doc__, allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
     args, config = parser.parse_args_and_config(argv)
-    table = load_splits(args.table, f"--table {args.table}")["train"] if args.table else products()
+    try:
+        table = load_splits(args.table, f"--table {args.table}")["train"] if args.table else products()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if missing := {args.problem, args.solution, args.answer} - set(table.column_names):
+        names = ", ".join(table.column_names)
+        parser.error(
+            f"--table {args.table} has no column {min(missing)}: name --problem, --solution, --answer of {names}"
+        )
 
     def to_row(row):
         worked = f"{row[args.solution]}\n\nThe answer is \\boxed{{{row[args.answer]}}}."

@@ -108,6 +108,26 @@ def test_lora_from_a_table(own, model):
     assert isinstance(AutoPeftModelForCausalLM.from_pretrained("out").peft_config["default"].r, int)
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("luffy_hub_dataset.py", ["--dataset", "no.csv"], "--dataset no.csv: there is no such file"),
+        ("luffy_hub_dataset.py", ["--dataset", "mine.csv", "--split", "tes"], "has no split 'tes'"),
+        (
+            "luffy_own_table.py",
+            ["--table", "mine.csv"],
+            "has no column problem: name --problem, --solution, --answer of a",
+        ),
+        ("luffy_own_table.py", ["--tabel", "mine.csv"], "--tabel"),
+    ],
+)
+def test_a_mistake_is_one_sentence(script, arguments, message, capsys):
+    pd.DataFrame({"a": [1], "solution": ["s"], "answer": [1]}).to_csv("mine.csv", index=False)
+    with pytest.raises((SystemExit, ValueError)) as stop:
+        start(script, *arguments, *SHORT)
+    assert message in capsys.readouterr().err + str(stop.value)
+
+
 def test_a_model_is_evaluated_and_pushed_with_its_results(model):
     row = {"data_source": "math", "prompt": [{"role": "user", "content": "1?"}], "reward_model": {"ground_truth": "2"}}
     Path("problems.jsonl").write_text(json.dumps(row) + "\n")

@@ -35,7 +35,7 @@ class TrackerPictures(TrainerCallback):
         senders = [SENDERS[tracker] for tracker in args.report_to if tracker in SENDERS]
         with TemporaryDirectory() as folder:
             pictures = draw(state, Path(folder)) if senders else []
-            for send in senders:
+            for send in senders if pictures else []:
                 send(pictures, self.trainer)
 
 
