@@ -16,7 +16,6 @@ not know are those of `luffy-trl eval`.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -25,7 +24,7 @@ from luffy_trl.commands.eval import main as evaluate
 from luffy_trl.commands.push import main as push
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

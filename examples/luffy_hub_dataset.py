@@ -14,7 +14,6 @@ LUFFY on a dataset of the Hub. Each field of LuffyConfig, and so of TRL's GRPOCo
         --push_to_hub --hub_model_id me/my-model --report_to trackio --trackio_space_id me/my-dashboard
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trl import TrlParser
@@ -52,7 +51,7 @@ DEFAULTS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((Arguments, LuffyConfig), description=__doc__, allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
     args, config = parser.parse_args_and_config(argv)

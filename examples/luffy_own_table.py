@@ -15,7 +15,6 @@ of two numbers. Each field of LuffyConfig, and so of TRL's GRPOConfig, is a flag
         --push_to_hub --hub_model_id me/my-adapter
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from datasets import Dataset
@@ -46,18 +45,16 @@ DEFAULTS = {
 
 def products() -> Dataset:
     pairs = [(a, b) for a in range(12, 60, 3) for b in range(11, 50, 4)]
-    rows = [
-        {
-            "problem": f"What is {a} * {b}?",
-            "solution": f"{a} * {b // 10 * 10} = {a * (b // 10 * 10)} and {a} * {b % 10} = {a * (b % 10)}.",
-            "answer": a * b,
-        }
-        for a, b in pairs
-    ]
-    return Dataset.from_list(rows)
+    parts = [(a, b // 10 * 10, b % 10) for a, b in pairs]
+    table = {
+        "problem": [f"What is {a} * {b}?" for a, b in pairs],
+        "solution": [f"{a} * {tens} = {a * tens} and {a} * {ones} = {a * ones}." for a, tens, ones in parts],
+        "answer": [a * b for a, b in pairs],
+    }
+    return Dataset.from_dict(table)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((Arguments, LuffyConfig), description=__doc__, allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
     args, config = parser.parse_args_and_config(argv)
