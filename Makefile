@@ -8,12 +8,14 @@ SEED ?= 0
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test test-vllm test-wheel bench bench-learning lint format docs notebooks build clean
+.PHONY: help demo test test-vllm test-trackers test-uv test-wheel bench bench-learning lint format docs notebooks build clean
 
 help:
 	@echo "make demo [SEED=0]  compare GRPO, LUFFY and SFT on the embedded task; results in outputs/demo"
 	@echo "make test           run the tests, fast ones first"
 	@echo "make test-vllm      train with a real vLLM, its CPU build, in an environment of its own"
+	@echo "make test-trackers  report to Trackio, W&B and TensorBoard, and read what they kept, in an environment of its own"
+	@echo "make test-uv        run the scripts of examples/ with uv, from an empty directory"
 	@echo "make test-wheel     build the wheel, install it in a new environment, and run its demo from elsewhere"
 	@echo "make bench          the update phase and whole steps against TRL's; results in benchmarks/results"
 	@echo "make bench-learning what each method learns on the embedded tasks; docs/learning.md; about an hour"
@@ -55,6 +57,25 @@ $(VENV)-vllm/installed: pyproject.toml
 
 test-vllm: $(VENV)-vllm/installed
 	$(VENV)-vllm/bin/python -m pytest tests_vllm
+
+# On top of the tests' environment, whose every import of TRL would import the trackers if they were in there. Without
+# the constraints, since Trackio wants an older Pillow
+$(VENV)-trackers/installed: $(VENV)/installed-dev
+	$(PYTHON) -m venv $(VENV)-trackers
+	echo $(abspath $(VENV))/lib/python3.*/site-packages > $$(echo $(VENV)-trackers/lib/python3.*/site-packages)/tests.pth
+	$(VENV)-trackers/bin/python -m pip install --quiet --disable-pip-version-check -e '.[trackers]'
+	touch $@
+
+test-trackers: $(VENV)-trackers/installed
+	$(VENV)-trackers/bin/python -m pytest tests_trackers
+
+$(VENV)-uv/installed:
+	$(PYTHON) -m venv $(VENV)-uv
+	$(VENV)-uv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	touch $@
+
+test-uv: build $(VENV)/installed-dev $(VENV)-uv/installed
+	$(BIN)/python -m pytest tests_uv
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/update_phase.py --output benchmarks/results/update_phase_cpu.json
@@ -112,4 +133,4 @@ test-wheel: build
 	cd dist && ../$(VENV)-wheel/bin/luffy-trl demo --steps 20 --output_dir ../build/wheel-demo
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-docs $(VENV)-build $(VENV)-wheel build dist outputs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-trackers $(VENV)-uv $(VENV)-docs $(VENV)-build $(VENV)-wheel build dist outputs .pytest_cache .ruff_cache .mypy_cache

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from luffy_trl.commands.cli import main
 from luffy_trl.commands.demo import READING, reading_of, run_demo
 from luffy_trl.commands.inputs import UsageError
 from luffy_trl.tasks.letter_walk import split_walks
@@ -52,6 +53,15 @@ def test_luffy_learns_what_grpo_cannot(tmp_path, capsys):
     assert curves["demonstration"][0] < 1e-10
     assert curves["demonstration"][-1] > 0.5
     assert Image.open(tmp_path / "curves.png").size[0] > 1000
+
+    # the report is of its three runs, and opens where there are demonstrations
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Report of 3 runs" in page
+    assert '<option value="1" selected>luffy</option>' in page
+    assert page.count("70 of 70") == 3
+
+    main(["report", str(tmp_path), "--latest", "--output_dir", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "report.html").read_text() == page
 
     # the checkpoint is a model like any other
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "luffy")

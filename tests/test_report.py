@@ -3,17 +3,20 @@
 import copy
 import json
 import math
+import os
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from tokenizers.processors import ByteLevel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from luffy_trl.commands.cli import main
-from luffy_trl.reporting.logs import read_run
+from luffy_trl.reporting.finding import find_runs, read_runs
 from luffy_trl.reporting.panels import bounds, filled_panels, thinned, ticks
 from luffy_trl.reporting.token_probs import pieces
 
@@ -41,6 +44,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
         self._raw = dict(attrs) if tag in ("script", "style") else None
+        self.text += " " if tag in ("td", "th") else ""
 
     def handle_endtag(self, tag):
         self._raw = None
@@ -114,7 +118,8 @@ def test_two_runs_make_one_page_without_addresses_and_without_empty_panels(run, 
 )
 def test_versions_come_from_the_model_card(card, run):
     (run / "README.md").write_text(card)
-    versions = read_run(run, "run").versions
+    [found] = read_runs(run, "run")
+    versions = found.versions
     assert {name.lower(): v for name, v in versions.items() if "luffy" not in name} in (
         {"trl": "1.16.0", "torch": "2.13.0+cpu"},
         {"trl": "1.16.0", "pytorch": "2.13.0+cpu"},
@@ -184,10 +189,68 @@ def test_a_run_still_going_is_read_from_its_newest_whole_checkpoint(tmp_path):
         size = (checkpoint / "trainer_state.json").stat().st_size
         (checkpoint / "manifest.json").write_text(json.dumps({"files": {"trainer_state.json": size + (step == 3)}}))
     (run / "trainer_state.json").write_text(state(1))  # of an earlier start
-    found = read_run(run, "run")
+    [found] = read_runs(run, "run")
     assert (found.source, found.step, found.finished) == ("checkpoint-2/trainer_state.json", 2, False)
     assert found.curve("loss") == [(1, 0.5), (2, 0.25)]
     assert found.notes[0].startswith("checkpoint-3 was skipped: trainer_state.json has")
+
+
+def named_checkpoint(directory, step: int, run_name: str | None, **metrics):
+    checkpoint = directory / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(state(step, **metrics))
+    if run_name is not None:
+        (checkpoint / "manifest.json").write_text(json.dumps({"files": {}, "run": run_name}))
+
+
+def test_runs_of_one_directory_are_told_apart_by_their_names(tmp_path):
+    run = tmp_path / "run"
+    named_checkpoint(run, 2, "mine")
+    named_checkpoint(run, 7, "another")
+    named_checkpoint(run, 5, "another")
+    (run / ".run.json").write_text(json.dumps({"run": "mine", "continues_unnamed": False}))
+    (run / "trainer_state.json").write_text(state(4))
+    write_completions(run, 4, ["a", "b"])
+    found = read_runs(run, "run")
+    assert [(r.name, r.source, r.step, r.has_completions) for r in found] == [
+        ("run", "trainer_state.json", 4, True),
+        ("run/checkpoint-7", "checkpoint-7/trainer_state.json", 7, False),
+    ]
+    page = report(tmp_path, run)
+    assert "Report of 2 runs" in page.text
+    assert [a["data-run"] for a, _ in page.steps] == ["0"]
+
+
+def test_runs_of_other_trainers_are_told_apart_by_how_they_begin(tmp_path):
+    run = tmp_path / "run"
+    named_checkpoint(run, 8, None, learning_rate=lambda s: 1e-3)  # of an earlier run, of more steps
+    named_checkpoint(run, 3, None)
+    (run / "trainer_state.json").write_text(state(4))
+    os.utime(run / "checkpoint-8" / "trainer_state.json", (1, 1))
+    assert [(r.name, r.step) for r in read_runs(run, "run")] == [("run", 4), ("run/checkpoint-8", 8)]
+
+
+def test_runs_that_were_there_before_are_shown_unless_the_latest_is_asked_for(run, tmp_path):
+    for number in (1, 2, 10):
+        folder = run / f"_earlier-{number}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(state(number))
+        write_completions(folder, number, ["a", "b"])
+    names = [f"run/_earlier-{number}" for number in (10, 2, 1)]
+    assert [r.name for r in find_runs([run])] == ["run", *names]
+    page = report(tmp_path, run)
+    assert [(a["data-run"], a["data-step"]) for a, _ in page.steps] == [("1", "10"), ("2", "2"), ("3", "1")]
+    page = report(tmp_path, run, "--latest")
+    assert "Report of 1 run\n" in page.text
+    assert page.steps == []
+
+
+def test_a_directory_of_runs_is_all_of_them(run, tmp_path):
+    (tmp_path / "all" / "notes").mkdir(parents=True)
+    for name in ("b", "a"):
+        shutil.copytree(run, tmp_path / "all" / name)
+    assert [r.name for r in find_runs([tmp_path / "all"])] == ["a", "b"]
+    assert [r.name for r in find_runs([tmp_path / "all", run])] == ["all/a", "all/b", "run"]
 
 
 def test_a_completions_file_being_written_is_skipped_and_counted(run, tmp_path, capsys):
@@ -241,7 +304,7 @@ def test_steps_without_room_are_counted_as_left_out(run, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere is no directory"),
-        (["."], "has neither a trainer_state.json nor a whole checkpoint nor completions"),
+        (["nothing"], "nothing has neither a trainer_state.json nor a whole checkpoint nor completions"),
         (["run", "run/."], "The same directory is given twice"),
         (["run", "--completions", "-1"], "--completions -1 must be 0 or more"),
         (["run", "--model", "nowhere"], "--model nowhere cannot be loaded"),
@@ -250,6 +313,7 @@ def test_steps_without_room_are_counted_as_left_out(run, tmp_path, capsys):
 )
 def test_mistakes_are_one_sentence(arguments, message, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "nothing").mkdir()
     with pytest.raises(SystemExit) as stop:
         main(["report", *arguments])
     assert stop.value.code == 2
@@ -349,7 +413,38 @@ def test_long_curves_are_means_of_neighbours():
 
 def test_the_legend_has_the_last_logged_value(run, tmp_path):
     (run / "trainer_state.json").write_text(state(801, **{"on_policy/reward": lambda s: float(s == 801)}))
-    assert "rollouts 1 " in " ".join(report(tmp_path, run).text.split())
+    assert "last rollouts run 1 " in " ".join(report(tmp_path, run).text.split())
+
+
+def test_the_legends_of_all_panels_have_a_row_for_each_run(run, tmp_path):
+    """So cards beside each other are of one height, whatever the runs have logged."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "trainer_state.json").write_text(state(2, **{"on_policy/entropy": lambda s: 0.3}))
+    text = " ".join(report(tmp_path, run, other).text.split())
+    assert "Reward mean of a completion" in text
+    assert "last rollouts demonstrations run 0.4 1 other - -" in text
+    assert "last rollouts run - other 0.3" in text
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_of_many_lines_have_room_for_them(run, tmp_path):
+    for n in range(9):
+        shutil.copytree(run, tmp_path / "all" / f"run_{n}_with_a_name")
+    report(tmp_path, tmp_path / "all")
+    with Image.open(tmp_path / "report" / "reward.png") as many, Image.open(tmp_path / "report" / "loss.png") as fewer:
+        assert many.width == fewer.width
+        assert many.height > fewer.height > 352  # 18 lines, 9, and a picture's usual height
+
+
+def test_each_evaluation_set_is_a_line(run, tmp_path):
+    sets = {"eval_easy_reward": lambda s: 0.5, "eval_easy_runtime": lambda s: 1, "eval_hard_reward": lambda s: 0.1}
+    own = {"eval_hard_runtime": lambda s: 1, "eval_format_reward": lambda s: 7}  # logged by a reward function
+    (run / "trainer_state.json").write_text(state(4, **sets, **own))
+    page = report(tmp_path, run)
+    assert page.panels == ["panel-eval_reward", "panel-loss"]
+    assert "Reward in evaluation mean of a completion" in page.text
+    assert "last easy hard run 0.5 0.1" in " ".join(page.text.split())
 
 
 @pytest.mark.filterwarnings("error")
@@ -383,7 +478,7 @@ def test_ticks_are_round_and_enclose(low, high, expected):
 
 @pytest.mark.parametrize("value", [0.0, -3.0, 1e-30, 1e30])
 def test_a_constant_has_an_axis(value, run):
-    found = read_run(run, "run")
+    [found] = read_runs(run, "run")
     found.history = [{"step": 1.0, "loss": value}]
     [(_, series)] = filled_panels([found])
     _, _, low, high = bounds(series)

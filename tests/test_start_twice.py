@@ -394,7 +394,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(make_trai
 
 
 def test_a_report_takes_no_checkpoint_of_another_run(make_trainer, tmp_path):
-    from luffy_trl.reporting.logs import read_run
+    from luffy_trl.reporting.finding import read_runs
 
     out, options = tmp_path / "out", {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     make_trainer(**options).train()
@@ -404,9 +404,8 @@ def test_a_report_takes_no_checkpoint_of_another_run(make_trainer, tmp_path):
     state = out / "checkpoint-7" / "trainer_state.json"
     state.write_text(state.read_text().replace('"global_step": 1', '"global_step": 7'))
     make_trainer(**options).save_state()
-    run = read_run(out, "out")
-    assert run.step == 0
-    assert any(note.startswith("checkpoint-7 was skipped") for note in run.notes)
+    runs = read_runs(out, "out")
+    assert [(run.name, run.step) for run in runs] == [("out", 0), ("out/checkpoint-7", 7)]
 
 
 @pytest.mark.parametrize("identity", [None, "", "[]", "{", '{"run": 1}'])

@@ -130,6 +130,11 @@ def test_a_summary_survives_what_is_missing(make_trainer, walks):
     assert "Reward of rollouts: 0.250 when first logged, 0.250 at the end" in text
     assert "demonstrations" not in text
     assert "evaluation" not in text
+    evaluated = {"eval_easy_reward": 0.5, "eval_easy_runtime": 1.0, "eval_hard_reward": 0.1, "eval_hard_runtime": 1.0}
+    trainer.state.log_history = [evaluated, evaluated | {"eval_hard_reward": 0.3}]
+    text = end_summary(trainer)
+    assert "Reward in evaluation on easy: 0.500 at first, 0.500 at last" in text
+    assert "Reward in evaluation on hard: 0.100 at first, 0.300 at last" in text
     trainer.state.log_history = []
     assert "0 optimizer steps done; this start took 0 s" in end_summary(trainer)
 

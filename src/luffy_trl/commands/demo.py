@@ -5,6 +5,7 @@ import time
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, logging
@@ -15,12 +16,14 @@ from ..tasks.letter_walk_base import accuracy, load_or_pretrain
 from ..tasks.probe import Probe
 from .comparison import make_trainer
 from .inputs import before_training, check_output_dir
+from .report import MOST_COMPLETIONS, PAGE, report
 
 
 EASIER, TRAINED, HARDER = 3, 5, 7  # letters of a walk
 LEARNING_RATE = 1e-4  # of every method; 3e-4 works for RL too, 1e-3 destroys the model
 TEST_SIZE = 512
-PROBE_SIZE, PROBE_EVERY, PRINT_EVERY = 128, 5, 20
+TRAINED_METHODS = ("GRPO", "LUFFY", "SFT")
+PROBE_SIZE, PROBE_EVERY, LOG_EVERY, PRINT_EVERY = 128, 5, 5, 20
 DEMO_PANELS = {
     "reward": ("reward of sampled answers", "linear"),
     "entropy": ("entropy of sampled tokens (nats)", "linear"),
@@ -82,7 +85,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, steps: int = 100) -> dict[st
 
     print(f"2/3  Training GRPO, LUFFY and SFT from it, {steps} steps each", flush=True)
     curves = {}
-    for name in ("GRPO", "LUFFY", "SFT"):
+    for name in TRAINED_METHODS:
         callback = Probe(tokenizer, splits["test"][TEST_SIZE:], PROBE_EVERY, report=partial(_print_step, name))
         model, seconds = _train(name, base, to_dataset(splits["train"]), output_dir, seed, steps, callback)
         results[name] = measure(model) | {"seconds": seconds}
@@ -98,9 +101,9 @@ def run_demo(output_dir: str | Path, seed: int = 0, steps: int = 100) -> dict[st
         json.dumps({"seed": seed, "steps": steps, "results": results, "curves": curves}, indent=1)
     )
     print(f"\n{results_table(results)}\n\n{reading_of(results)}\n")
-    print(
-        f"Curves: {output_dir / 'curves.png'}   Model and card: {output_dir / 'luffy'}   Numbers: results.json there"
-    )
+    page = _report(output_dir)
+    print(f"Report: {page}   Curves: {output_dir / 'curves.png'}")
+    print(f"Model and card: {output_dir / 'luffy'}   Numbers: {output_dir / 'results.json'}")
     return results
 
 
@@ -109,13 +112,25 @@ def _train(
 ) -> tuple[PreTrainedModel, float]:
     """The model that a method makes of the base, saved with its card, and the seconds of its training."""
     directory = output_dir / name.lower()
-    trainer = make_trainer(name, base, dataset, directory, seed, steps, LEARNING_RATE, [probe], MAX_COMPLETION_LENGTH)
+    kept: dict[str, Any] = {} if name == "SFT" else {"log_completions": True, "num_completions_to_print": 0}
+    trainer = make_trainer(
+        name, base, dataset, directory, seed, steps, LEARNING_RATE, [probe], MAX_COMPLETION_LENGTH,
+        logging_steps=LOG_EVERY, **kept,
+    )  # fmt: skip
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start - probe.seconds
     trainer.save_model()
     trainer.create_model_card(model_name=f"letter-walk-{name}")
+    trainer.save_state()  # the logs, for the report
     return trainer.model, seconds
+
+
+def _report(output_dir: Path) -> Path:
+    """The page of this demo's runs, without those of an earlier one in the same directory."""
+    directories = [output_dir / name.lower() for name in TRAINED_METHODS]
+    report(directories, output_dir / "report", MOST_COMPLETIONS, latest=True)
+    return output_dir / "report" / PAGE
 
 
 def reading_of(results: dict[str, dict[str, float]]) -> str:

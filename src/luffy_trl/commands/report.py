@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "luffy-trl report") -> N
     if args.completions < 0:
         parser.error(f"--completions {args.completions} must be 0 or more.")
     try:
-        print(report([Path(run) for run in args.runs], Path(args.output_dir), args.completions, args.model))
+        runs = [Path(run) for run in args.runs]
+        print(report(runs, Path(args.output_dir), args.completions, args.model, args.latest))
     except (ReportError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -33,7 +34,12 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("runs", nargs="+", metavar="OUTPUT_DIR", help="output_dir of a run")
+    add(
+        "runs",
+        nargs="+",
+        metavar="OUTPUT_DIR",
+        help="output_dir of a run, which may hold earlier runs, too; or a directory with such directories in it",
+    )
     add("--output_dir", default="outputs/report", help=f"for {PAGE} and the PNGs (default: outputs/report)")
     add(
         "--completions",
@@ -43,6 +49,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         help="show at most so many, of evenly spread steps of all runs, but at least one of each "
         f"(default: {MOST_COMPLETIONS}; 0: none)",
     )
+    add("--latest", action="store_true", help="of each output_dir the latest run alone, no earlier ones")
     add(
         "--model",
         metavar="DIR",
@@ -51,19 +58,21 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def report(directories: list[Path], output_dir: Path, most_completions: int, model: str | None) -> str:
+def report(
+    directories: list[Path], output_dir: Path, most_completions: int, model: str | None = None, latest: bool = False
+) -> str:
     """Write the report, and return what to tell the user.
 
     Raises:
         ReportError: for a directory that is no run's, or a model that cannot be loaded.
     """
     from ..reporting.completions import read_completions
-    from ..reporting.logs import read_run, run_names
+    from ..reporting.finding import find_runs
     from ..reporting.page import write_page
     from ..reporting.panels import filled_panels
     from ..reporting.pictures import write_pictures
 
-    runs = [read_run(path, name) for path, name in zip(directories, run_names(directories), strict=True)]
+    runs = find_runs(directories, latest)
     share = max(most_completions // len(runs), 1) if most_completions else 0
     kept = [read_completions(run, share) if share else [] for run in runs]
     token_note = ""
@@ -77,4 +86,5 @@ def report(directories: list[Path], output_dir: Path, most_completions: int, mod
     pictures = write_pictures(output_dir, runs, panels)
     shown = sum(len(group.completions) for steps in kept for step in steps for group in step.groups)
     notes = "".join(f"\n{run.name}: {note}" for run in runs for note in run.notes)
-    return f"Wrote {output_dir / PAGE} ({len(panels)} panels, {shown} completions) and {len(pictures)} PNGs{notes}"
+    what = f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {len(panels)} panels, {shown} completions"
+    return f"Wrote {output_dir / PAGE} ({what}) and {len(pictures)} PNGs{notes}"

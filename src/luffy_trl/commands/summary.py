@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..config import LuffyConfig
 from ..demonstrations.encoding import DROPPED_COLUMN, TRUNCATED_COLUMN, USABLE_COLUMN
 from ..demonstrations.sources import SOURCES
+from ..reporting.panels import evaluation_rewards
 from ..trainer import LuffyTrainer
 
 
@@ -68,9 +69,11 @@ def end_summary(trainer: LuffyTrainer) -> str:
         values = _logged(history, metric)
         if values:
             lines.append(f"Reward of {name}: {values[0]:.3f} when first logged, {values[-1]:.3f} at the end")
-    evaluated = _logged(history, "eval_reward")
-    if evaluated:
-        lines.append(f"Reward in evaluation: {evaluated[0]:.3f} at first, {evaluated[-1]:.3f} at last")
+    for metric, name in evaluation_rewards(history).items():
+        values = _logged(history, metric)
+        of_set = "" if metric == "eval_reward" else f" on {name}"
+        if values:
+            lines.append(f"Reward in evaluation{of_set}: {values[0]:.3f} at first, {values[-1]:.3f} at last")
     lines.append(f"Saved the model, its tokenizer and its card to {directory} ({what_is_saved(trainer)})")
     shown = "Curves and completions" if trainer.args.log_completions else "Curves"
     lines.append(f"{shown}: luffy-trl report {shlex.quote(str(directory))}")

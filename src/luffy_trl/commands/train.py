@@ -10,6 +10,7 @@ from ..checks import check_options, check_reward_inputs, reward_name
 from ..config import LuffyConfig
 from ..hub.card import CardFacts
 from ..hub.queue import what_is_missing
+from ..reporting.trackers import TrackerPictures
 from ..runs.best import settle_metric
 from ..runs.recipe import as_yaml, given_fields
 from ..runs.redaction import known_secrets
@@ -75,6 +76,7 @@ def _run(
     dataset_name = script_args.dataset_name or EMBEDDED_TASK
     trainer.card_facts = facts
     trainer.add_callback(StartSummary(trainer, dataset_name))
+    trainer.add_callback(TrackerPictures(trainer))
     try:
         train_until_stopped(trainer, checkpoint)
     except RunStopped:

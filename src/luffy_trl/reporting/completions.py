@@ -42,8 +42,10 @@ class KeptStep:
 def read_completions(run: Run, most: int) -> list[KeptStep]:
     """The kept steps of a run, evenly spread so that they hold at most `most` completions, the last one included.
 
-    What was left out is said in the run's notes.
+    What was left out is said in the run's notes. None where the directory's completions are another run's.
     """
+    if not run.has_completions:
+        return []
     files = sorted(run.directory.glob(f"{COMPLETIONS}/{COMPLETIONS}_*.parquet"), key=_step_of)
     chosen = _spread(files, _rows_of_last(files), most)
     steps: list[KeptStep] = []

@@ -1,15 +1,10 @@
-"""What a run has logged: from its directory, finished or still going."""
+"""What a run has logged: a trainer state, finished or still going, as the report wants it."""
 
 import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from ..runs.checkpoints import checkpoints, damage
-from ..runs.identity import read_identity
-from ..runs.manifest import MANIFEST, read_manifest, run_of
-from . import ReportError
 
 
 STATE = "trainer_state.json"  # transformers' TRAINER_STATE_NAME
@@ -29,6 +24,7 @@ class Run:
         name: told apart from the other runs of the report.
         directory: its output_dir.
         source: which trainer state it was read from, relative to the directory; None before the first checkpoint.
+        has_completions: whether the completions that the directory keeps are this run's.
         step, max_steps: optimizer steps done when the state was saved, and planned.
         history: the logged lines, numbers alone, each with its "step".
         versions: of libraries, by name, from the model card; empty where there is none.
@@ -38,6 +34,7 @@ class Run:
     name: str
     directory: Path
     source: str | None = None
+    has_completions: bool = False
     step: int = 0
     max_steps: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -53,83 +50,58 @@ class Run:
         return 0 < self.max_steps <= self.step
 
 
-def read_run(directory: Path, name: str) -> Run:
-    """Read the newest whole state: `output_dir`'s at the end of a run, before that the newest checkpoint's.
+@dataclass
+class State:
+    """A trainer state on disk; `run` is the name of the run that wrote it, None where nothing tells."""
 
-    Raises:
-        ReportError: if the directory holds nothing of a run.
+    path: Path
+    run: str | None
+    step: int
+    max_steps: int
+    lines: list[dict[str, Any]]
+
+    @property
+    def beginning(self) -> str | None:
+        """The first line: a run that goes on keeps it, and no two runs have the same. None before there is one."""
+        return json.dumps(self.lines[0], sort_keys=True) if self.lines else None
+
+
+class UnreadableStateError(ValueError):
+    """A file that is no trainer state, or not a whole one."""
+
+
+def read_state(path: Path, run: str | None) -> State:
     """
-    if not directory.is_dir():
-        raise ReportError(f"{directory} is no directory. Give the output_dir of one run or several.")
-    run = Run(name, directory)
-    # the one with the most steps: a run that was resumed has an old state in output_dir; of two the later
-    states = [(path, state) for path in _state_files(run) if (state := _read_state(path, run)) is not None]
-    if states:
-        path, state = max(states, key=lambda item: item[1]["global_step"])
-        run.source = str(path.relative_to(directory))
-        run.step, run.max_steps = state["global_step"], state["max_steps"]
-        lines = [line for line in state["log_history"] if isinstance(line, dict) and "step" in line]
-        run.history = [numbers for line in lines if "step" in (numbers := _numbers(line))]
-        undrawn = sum(abs(value) > LARGEST for line in lines for value in line.values() if _is_number(value))
-        if undrawn:
-            run.notes.append(f"{undrawn} logged values are infinite or beyond {LARGEST:g}, and left out.")
-    elif not any((directory / COMPLETIONS).glob("*.parquet")):
-        notes = "".join(f" {note}" for note in run.notes)
-        raise ReportError(
-            f"{directory} has neither a {STATE} nor a whole checkpoint nor completions.{notes} Is it the output_dir "
-            "of a run? While one is going, its curves are those of its newest checkpoint (save_steps)."
-        )
-    else:
-        run.notes.append("no checkpoint so far, hence no curves")
-    card = directory / "README.md"
-    if card.is_file():
-        with card.open(encoding="utf-8", errors="replace") as file:
-            _, *below = VERSIONS.split(file.read(1_000_000), maxsplit=1)
-        run.versions = dict(VERSION.findall("".join(below)))
+    Raises:
+        UnreadableStateError: with the end of a sentence that begins with the file's name.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        step, max_steps, history = content["global_step"], content["max_steps"], content["log_history"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UnreadableStateError(f"cannot be read ({type(error).__name__}).") from error
+    if not (isinstance(step, int) and isinstance(max_steps, int) and isinstance(history, list)):
+        raise UnreadableStateError("is no trainer state.")
+    return State(path, run, step, max_steps, [line for line in history if isinstance(line, dict) and "step" in line])
+
+
+def run_of_state(state: State, directory: Path, name: str) -> Run:
+    """The run as it was when the state was saved."""
+    history = [numbers for line in state.lines if "step" in (numbers := _numbers(line))]
+    run = Run(name, directory, str(state.path.relative_to(directory)), False, state.step, state.max_steps, history)
+    undrawn = sum(abs(value) > LARGEST for line in state.lines for value in line.values() if _is_number(value))
+    if undrawn:
+        run.notes.append(f"{undrawn} logged values are infinite or beyond {LARGEST:g}, and left out.")
     return run
 
 
-def run_names(directories: list[Path]) -> list[str]:
-    """A short name for each: its last part, with as many of the parts before as tell them apart."""
-    parts = [path.resolve().parts for path in directories]
-    if len(set(parts)) < len(parts):
-        raise ReportError("The same directory is given twice.")
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-count:]) for p in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
-
-
-def _state_files(run: Run) -> list[Path]:
-    """The states worth reading: output_dir's and the newest whole checkpoint's."""
-    found = [path for path in [run.directory / STATE] if path.is_file()]
-    identity = read_identity(run.directory)
-    for checkpoint in checkpoints(run.directory):
-        # other trainers' checkpoints have no manifest, and are welcome for a comparison
-        problem = damage(checkpoint) if (checkpoint / MANIFEST).exists() else None
-        if problem is None and not (checkpoint / STATE).is_file():
-            problem = f"it has no {STATE}"
-        if problem is None and identity is not None and not identity.owns(run_of(read_manifest(checkpoint))):
-            problem = "it is another run's"
-        if problem is None:
-            return [*found, checkpoint / STATE]
-        run.notes.append(f"{checkpoint.name} was skipped: {problem}.")
-    return found
-
-
-def _read_state(path: Path, run: Run) -> dict[str, Any] | None:
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        ok = isinstance(state["global_step"], int) and isinstance(state["max_steps"], int)
-        ok = ok and isinstance(state["log_history"], list)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        run.notes.append(f"{path.relative_to(run.directory)} cannot be read ({type(error).__name__}).")
-        return None
-    if not ok:
-        run.notes.append(f"{path.relative_to(run.directory)} is no trainer state.")
-        return None
-    return state
+def versions_in(card: Path) -> dict[str, str]:
+    """Versions of libraries that a model card gives; empty without a card."""
+    if not card.is_file():
+        return {}
+    with card.open(encoding="utf-8", errors="replace") as file:
+        _, *below = VERSIONS.split(file.read(1_000_000), maxsplit=1)
+    return dict(VERSION.findall("".join(below)))
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from .panels import Panel, Series, bounds, ticks
 
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), told apart with any kind of colour vision
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
-DASHES = ("", "6 4", "2 3")
+DASHES = ("", "6 4", "2 3", "8 3 2 3")
 # Of a panel, in units of its view box
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 220, 52, 8, 8, 26
 SUMMARY = (
@@ -44,10 +44,12 @@ def write_page(
     html = template.render(
         runs=[(run, color(i)) for i, run in enumerate(runs)],
         table=_table(runs),
+        versions=_versions(runs),
         panels=[_panel(panel, series, runs) for panel, series in panels],
         completions=[
             {"run": i, "step": step.step, "data": _json(_step(step))} for i, steps in enumerate(kept) for step in steps
         ],
+        opened=_first_with_demonstrations(kept),
         token_note=token_note,
         style=Markup((folder / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
@@ -66,6 +68,11 @@ def look(series: Series, runs: int) -> tuple[str, str]:
     return color(series.run if runs > 1 else series.metric), DASHES[series.metric % len(DASHES)]
 
 
+def _key(metric: int, runs: int) -> tuple[str, str]:
+    """What tells a metric apart in the legend, as [`look`]; where colours are the runs', in the text's."""
+    return color(metric) if runs == 1 else "currentColor", DASHES[metric % len(DASHES)]
+
+
 def number(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
 
@@ -78,6 +85,15 @@ def _table(runs: Sequence[Run]) -> dict[str, Any]:
         curves = [run.curve(metric) for metric, _ in columns]
         rows.append([number(curve[-1][1]) if curve else "-" for curve in curves])
     return {"columns": [title for _, title in columns], "rows": rows}
+
+
+def _versions(runs: Sequence[Run]) -> list[str]:
+    """A line for each set of versions, with the runs that have it unless all have."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        if run.versions:
+            names.setdefault(", ".join(f"{name} {v}" for name, v in run.versions.items()), []).append(run.name)
+    return [text if len(of) == len(runs) else f"{text} ({', '.join(of)})" for text, of in names.items()]
 
 
 def _panel(panel: Panel, series: Sequence[Series], runs: Sequence[Run]) -> dict[str, Any]:
@@ -94,7 +110,6 @@ def _panel(panel: Panel, series: Sequence[Series], runs: Sequence[Run]) -> dict[
     lines = []
     for one in series:
         stroke, dashes = look(one, len(runs))
-        name = f"{runs[one.run].name}: {one.label}" if len(runs) > 1 else one.label
         points = [(x(step), y(value)) for step, value in one.points]
         lines.append(
             {
@@ -103,27 +118,35 @@ def _panel(panel: Panel, series: Sequence[Series], runs: Sequence[Run]) -> dict[
                 "color": stroke,
                 "dashes": dashes,
                 # thinner and later ones on top, so that lines which coincide all show
-                "width": max(2, 5 - 3 * one.run) if len(runs) > 1 else 2,
-                "name": name,
-                "last": number(one.last),
+                "width": max(1.6, 3.6 - one.run) if len(runs) > 1 else 2,
             }
         )
+    metrics = sorted({one.metric for one in series})
     data = {
         "x": [x0, x1],
         "box": [LEFT, WIDTH - RIGHT, WIDTH],
         "lines": [
-            [line["name"], line["color"], [[s, float(f"{v:.4g}")] for s, v in one.points]]
-            for line, one in zip(lines, series, strict=True)
+            [one.run, metrics.index(one.metric), [[s, float(f"{v:.4g}")] for s, v in one.points]] for one in series
         ],
     }
+    last = {(one.run, one.metric): number(one.last) for one in series}
     return {
         "panel": panel,
         "lines": lines,
+        "columns": [(panel.metrics[metric][1], *_key(metric, len(runs))) for metric in metrics],
+        # a row a run, whatever it has: the legends of all panels have one height
+        "legend": [[last.get((run, metric), "-") for metric in metrics] for run in range(len(runs))],
         "data": _json(data),
         "thinned": any(one.logged > len(one.points) for one in series),
         "y_ticks": [(y(value), number(value)) for value in values],
         "x_ticks": [(x(step), f"{step:,.0f}") for step in (x0, round((x0 + x1) / 2), x1)],
     }
+
+
+def _first_with_demonstrations(kept: Sequence[list[KeptStep]]) -> int:
+    """The run whose completions are open at first."""
+    shown = [[row for step in steps for group in step.groups for row in group.completions] for steps in kept]
+    return next((i for i, rows in enumerate(shown) if any(row.demonstration for row in rows)), 0)
 
 
 def _step(step: KeptStep) -> list[dict[str, Any]]:

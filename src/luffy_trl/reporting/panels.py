@@ -1,14 +1,17 @@
 """Which metrics are shown together, and their curves thinned to what a screen can show."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .logs import Run
 
 
 # Points of a curve: a panel is some 400 pixels wide
 MOST_POINTS = 400
+REWARD_OF_SET = re.compile("eval_(.+)_reward")
 
 Points = list[tuple[float, float]]
 
@@ -43,7 +46,7 @@ PANELS = (
         "mean of a completion",
         (("on_policy/reward", ROLLOUTS), ("off_policy/reward", DEMONSTRATIONS)),
     ),
-    Panel("eval_reward", "Reward in evaluation", "mean of a completion", (("eval_reward", "evaluation"),)),
+    Panel("eval_reward", "Reward in evaluation", "mean of a completion", ()),  # of each set, see evaluation_rewards
     Panel(
         "entropy",
         "Entropy of the policy",
@@ -62,18 +65,18 @@ PANELS = (
         "Groups",
         "share",
         (
-            ("groups/solve_none", "no rollout solved"),
+            ("groups/solve_none", "none solved"),
             ("groups/solve_all", "all solved"),
-            ("groups/guided", "with a demonstration"),
+            ("groups/guided", "guided"),
         ),
     ),
     Panel(
         "clip",
         "Clipped",
         "share",
-        (("on_policy/clipped_ratio", "rollouts without an end"), ("clip_ratio/region_mean", "tokens' ratios")),
+        (("on_policy/clipped_ratio", "rollouts cut off"), ("clip_ratio/region_mean", "tokens' ratios")),
     ),
-    Panel("loss", "Loss", "", (("loss", "whole"), ("off_policy/loss", "demonstrations' part"))),
+    Panel("loss", "Loss", "", (("loss", "whole"), ("off_policy/loss", DEMONSTRATIONS))),
     Panel("fraction", "Demonstrations' share of the tokens", "share", (("off_policy/token_fraction", "tokens"),)),
     Panel("grad_norm", "Gradient norm", "", (("grad_norm", "before clipping"),)),
     Panel(
@@ -87,8 +90,11 @@ PANELS = (
 
 def filled_panels(runs: Sequence[Run]) -> list[tuple[Panel, list[Series]]]:
     """The panels that have something to show, with their series. The others are left out."""
+    evaluated = {metric: name for run in runs for metric, name in evaluation_rewards(run.history).items()}
     filled = []
     for panel in PANELS:
+        if not panel.metrics:
+            panel = replace(panel, metrics=tuple(evaluated.items()))
         series = [
             Series(r, m, label, thinned(curve), len(curve), curve[-1][1])
             for r, run in enumerate(runs)
@@ -98,6 +104,18 @@ def filled_panels(runs: Sequence[Run]) -> list[tuple[Panel, list[Series]]]:
         if series:
             filled.append((panel, series))
     return filled
+
+
+def evaluation_rewards(history: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The reward of each evaluation set: `eval_reward`, or of several sets `eval_NAME_reward` -> the set's name."""
+    found = {}
+    for line in history:
+        for metric in line:
+            name = (REWARD_OF_SET.fullmatch(metric) or [None, None])[1]
+            # its time is logged beside it: a reward function's own metric may end with _reward, too
+            if metric == "eval_reward" or (name is not None and f"eval_{name}_runtime" in line):
+                found[metric] = name or "evaluation"
+    return found
 
 
 def thinned(curve: Points, most: int = MOST_POINTS) -> Points:

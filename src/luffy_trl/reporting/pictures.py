@@ -1,5 +1,6 @@
 """The page's panels as PNGs, for a paper or a README."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,8 @@ from .logs import Run
 from .page import Filled, look
 
 
-LINE_STYLES = {"": "-", "6 4": "--", "2 3": ":"}
+MOST_INSIDE, COLUMNS = 6, 2
+LINE_STYLES = {"": "-", "6 4": "--", "2 3": ":", "8 3 2 3": "-."}
 
 
 def write_pictures(directory: Path, runs: Sequence[Run], panels: Filled) -> list[Path]:
@@ -19,7 +21,9 @@ def write_pictures(directory: Path, runs: Sequence[Run], panels: Filled) -> list
 
     paths = []
     for panel, series in panels:
-        figure, ax = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
+        # a legend of many lines goes below the curves, in columns
+        below = math.ceil(len(series) / COLUMNS) if len(series) > MOST_INSIDE else 0
+        figure, ax = plt.subplots(figsize=(5, 3.2 + 0.17 * below), constrained_layout=True)
         for one in series:
             color, dashes = look(one, len(runs))
             name = f"{runs[one.run].name}: {one.label}" if len(runs) > 1 else one.label
@@ -28,7 +32,10 @@ def write_pictures(directory: Path, runs: Sequence[Run], panels: Filled) -> list
             ax.plot(*zip(*one.points, strict=True), label=label, color=color, ls=LINE_STYLES[dashes], marker=marker)
         ax.set(title=panel.title, xlabel="optimizer step", ylabel=panel.unit)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize="small")
+        if below:
+            figure.legend(loc="outside lower center", ncols=COLUMNS, fontsize="x-small")
+        else:
+            ax.legend(fontsize="small")
         paths.append(directory / f"{panel.key}.png")
         figure.savefig(paths[-1], dpi=110)
         plt.close(figure)

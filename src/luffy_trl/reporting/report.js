@@ -8,15 +8,16 @@ const element = (tag, className, text) => {
 };
 const short = (value) => (value === null ? "-" : String(Number(value.toPrecision(4))));
 
-// Values under the pointer
+// The legend has the values under the pointer
 for (const panel of document.querySelectorAll(".panel")) {
-  const svg = panel.querySelector(":scope > svg"), values = panel.querySelector(".values"), rest = values.textContent;
+  const svg = panel.querySelector(":scope > svg"), at = panel.querySelector(".at"), rest = at.textContent;
+  const rows = [...panel.querySelectorAll("tbody tr")], lasts = rows.map((row) => [...row.cells].map((cell) => cell.textContent));
   let data = null, cursor = null;
   svg.addEventListener("pointermove", (event) => {
     data ??= JSON.parse(panel.querySelector("script").textContent);
     const [left, right, width] = data.box, [x0, x1] = data.x, frame = svg.getBoundingClientRect();
-    const at = Math.min(right, Math.max(left, ((event.clientX - frame.left) / frame.width) * width));
-    const step = x0 + ((at - left) / (right - left)) * (x1 - x0);
+    const x = Math.min(right, Math.max(left, ((event.clientX - frame.left) / frame.width) * width));
+    const step = x0 + ((x - left) / (right - left)) * (x1 - x0);
     const nearest = (points) => points.reduce((a, b) => (Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a));
     if (!cursor) {
       cursor = document.createElementNS("http://www.w3.org/2000/svg", "line");
@@ -25,15 +26,16 @@ for (const panel of document.querySelectorAll(".panel")) {
       cursor.setAttribute("y2", 194);
       svg.append(cursor);
     }
-    cursor.setAttribute("x1", at);
-    cursor.setAttribute("x2", at);
-    values.textContent = `step ${Math.round(step)}: ` +
-      data.lines.map(([name, , points]) => `${name} ${short(nearest(points)[1])}`).join(", ");
+    cursor.setAttribute("x1", x);
+    cursor.setAttribute("x2", x);
+    at.textContent = `step ${Math.round(step)}`;
+    for (const [run, metric, points] of data.lines) rows[run].cells[metric + 1].textContent = short(nearest(points)[1]);
   });
   svg.addEventListener("pointerleave", () => {
     cursor?.remove();
     cursor = null;
-    values.textContent = rest;
+    at.textContent = rest;
+    for (const [run, metric] of data?.lines ?? []) rows[run].cells[metric + 1].textContent = lasts[run][metric + 1];
   });
 }
 
@@ -62,8 +64,8 @@ if (steps.length) {
     card.append(text);
     return card;
   };
-  const side = (title, rows) => {
-    const column = element("div");
+  const side = (title, rows, className) => {
+    const column = element("div", className);
     column.append(element("h3", "", title), ...rows.map(completion));
     return column;
   };
@@ -73,7 +75,7 @@ if (steps.length) {
       const box = element("div", "group"), sides = element("div", "sides" + (given.length && own.length ? " both" : ""));
       box.append(element("h3", "", "Prompt"), element("pre", "prompt", group.prompt));
       if (own.length) sides.append(side(`${own.length} rollout${own.length > 1 ? "s" : ""}`, own));
-      if (given.length) sides.append(side("Demonstration", given));
+      if (given.length) sides.append(side("Demonstration", given, "given"));
       box.append(sides);
       list.append(box);
     }
