@@ -16,7 +16,7 @@ PREFIX = "reasoning_gym:"
 SIZES = {"size": 1000, "test_size": 100}
 # Not within brackets
 COMMA = re.compile(r",(?![^\[]*\])")
-NAME = re.compile(r"[a-z0-9_]+")
+TASK_NAME = re.compile(r"[a-z0-9_]+")
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ def parse_task(text: str) -> GymTask:
         ValueError: for what is not written as above. Whether there is such a task is not looked at.
     """
     name, *written = COMMA.split(text.removeprefix(PREFIX))
-    if not NAME.fullmatch(name):
+    if not TASK_NAME.fullmatch(name):
         raise ValueError(f"{text!r} names no task: write {PREFIX}chain_sum, for example.")
     options: dict[str, Any] = {"seed": 0}
     for option in written:
         key, equals, value = option.partition("=")
-        if not equals or not NAME.fullmatch(key):
+        if not equals or not TASK_NAME.fullmatch(key):
             raise ValueError(f"{text!r}: {option!r} is no option, which is written as min_terms=3.")
         options[key] = _value(value)
     sizes = {key: options.pop(key, default) for key, default in SIZES.items()}

@@ -22,7 +22,6 @@ from .gym_oracles import worked_solution
 
 # Some tasks are made of their dataset's size: it is the same for all, and of problems beyond it the seed moves on
 AT_ONCE = 20_000
-MAX_SHOWN = 200  # characters of an answer that are sent back
 
 LITERALS = (
     ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Load,
