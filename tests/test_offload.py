@@ -1,4 +1,4 @@
-"""DeepSpeed's optimizer on the CPU under ZeRO 1 and 2: every micro-batch's gradient counts (it did not before 0.19.8)."""
+"""DeepSpeed's optimizer on the CPU under ZeRO 1 and 2: each micro-batch's gradient counts (not so before 0.19.8)."""
 
 import json
 import socket
