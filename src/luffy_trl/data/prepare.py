@@ -106,10 +106,10 @@ def _schema(args: argparse.Namespace, columns: list[str], head: list[dict]) -> S
     if missing:
         raise ValueError(
             f"{args.source} has the columns {', '.join(columns)}, but no {' and no '.join(missing)}: name yours with "
-            "--prompt-column, --demonstration-column and --solution-column."
+            "--prompt_column, --demonstration_column and --solution_column."
         )
     if args.trust_source and not schema.has_verdicts:
-        raise ValueError(f"--trust-source: {args.source} has no verdicts of its own on its demonstrations.")
+        raise ValueError(f"--trust_source: {args.source} has no verdicts of its own on its demonstrations.")
     return schema
 
 
@@ -126,7 +126,7 @@ def _check_head(args: argparse.Namespace, schema: Schema, head: list[dict]) -> N
             first = first or error
     raise ValueError(
         f"{args.source}, row 0: {first}; none of its first {len(head)} rows has a prompt that can be used. Mend them, "
-        "or name the columns with --prompt-column, --demonstration-column and --solution-column."
+        "or name the columns with --prompt_column, --demonstration_column and --solution_column."
     )
 
 
@@ -141,7 +141,7 @@ def _is_conversational(args: argparse.Namespace, schema: Schema, head: list[dict
     prompts = [row.get(schema.columns[0]) for row in head]
     messages = next((isinstance(prompt, list) for prompt in prompts if isinstance(prompt, list | str)), False)
     if args.system_prompt and not messages:
-        raise ValueError("--system-prompt needs messages, and these prompts are texts: add --conversational.")
+        raise ValueError("--system_prompt needs messages, and these prompts are texts: add --conversational.")
     return messages
 
 
@@ -247,9 +247,9 @@ def _finish(
 def _not_checked(args: argparse.Namespace) -> dict[str, str]:
     off = {
         CONTAMINATED: not args.benchmarks and "no --benchmarks",
-        TOO_LONG: args.no_length and "--no-length",
-        GOLD_UNREADABLE: (args.no_verify and "--no-verify") or (args.trust_source and "--trust-source"),
-        UNVERIFIED: args.no_verify and "--no-verify",
-        DUPLICATE: args.no_deduplicate and "--no-deduplicate",
+        TOO_LONG: args.no_length and "--no_length",
+        GOLD_UNREADABLE: (args.no_verify and "--no_verify") or (args.trust_source and "--trust_source"),
+        UNVERIFIED: args.no_verify and "--no_verify",
+        DUPLICATE: args.no_deduplicate and "--no_deduplicate",
     }
     return {reason: option for reason, option in off.items() if option}

@@ -25,11 +25,11 @@ SHARD_BYTES = 1_000_000_000
 def check_output(directory: Path, overwrite: bool) -> None:
     """Raises ValueError if the output cannot go there, or something stands there that must not be replaced."""
     if directory.is_file():
-        raise ValueError(f"--output-dir {directory} is a file; give a directory.")
+        raise ValueError(f"--output_dir {directory} is a file; give a directory.")
     real = directory.resolve()
     if Path.cwd().is_relative_to(real) or os.path.ismount(real):
         raise ValueError(
-            f"--output-dir {directory} is a mount point, or the working directory is in it: it cannot be replaced as "
+            f"--output_dir {directory} is a mount point, or the working directory is in it: it cannot be replaced as "
             "a whole. Give a directory inside it."
         )
     if not directory.is_dir() or not any(directory.iterdir()):
@@ -37,16 +37,16 @@ def check_output(directory: Path, overwrite: bool) -> None:
     foreign = next((path for path in directory.rglob("*") if not _is_own(path.relative_to(directory))), None)
     if foreign is not None:
         raise ValueError(
-            f"--output-dir {directory} holds {foreign.relative_to(directory)}, which prepare-data did not write: it "
+            f"--output_dir {directory} holds {foreign.relative_to(directory)}, which prepare-data did not write: it "
             "is not replaced, even with --overwrite. Choose another one."
         )
     if not (directory / DROPPED_FILE).is_file():
         raise ValueError(
-            f"--output-dir {directory} is not empty, and without {DROPPED_FILE} it is not known to be prepare-data's: "
+            f"--output_dir {directory} is not empty, and without {DROPPED_FILE} it is not known to be prepare-data's: "
             "it is not replaced, even with --overwrite. Choose another one."
         )
     if not overwrite:
-        raise ValueError(f"--output-dir {directory} is not empty. Choose another one, or replace it with --overwrite.")
+        raise ValueError(f"--output_dir {directory} is not empty. Choose another one, or replace it with --overwrite.")
 
 
 def _is_own(path: Path) -> bool:
