@@ -28,7 +28,7 @@ DESCRIPTION = (
     "your own."
 )
 # Of one kind of problems alone: (flags, what they are of)
-BENCHMARK_FLAGS, OWN_FLAGS = ("tasks", "data_files", "thought"), (
+BENCHMARK_FLAGS, PROBLEM_FLAGS = ("tasks", "data_files", "thought"), (
     "dataset_config", "dataset_split", "reward_funcs", "reward_weights", "solved_reward", "solved_threshold",
 )  # fmt: skip
 
@@ -84,20 +84,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add("--data_files", nargs="+", metavar="FILE", help="read problems from local files in the original code's schema")
     add("--thought", choices=THOUGHT_MODES, help=THOUGHT_HELP)
 
-    own = parser.add_argument_group("problems of your own, in the columns that train.py reads")
-    add = own.add_argument
-    add(
-        "--dataset_name",
-        metavar="DATA",
-        help="a file, a directory or a Hub id, or letter_walk, the embedded task under --seed",
-    )
-    add("--dataset_config", metavar="NAME", help="configuration of a Hub dataset that has several")
-    add("--dataset_split", metavar="NAME", help="default: test, or the only one")
-    add("--reward_funcs", nargs="+", metavar="NAME", help="of train.py, or dotted paths; each gets a column")
-    add("--reward_weights", nargs="+", type=float, metavar="W", help="of each in the total (default: 1)")
-    add("--solved_reward", metavar="NAME", help="which of them says what is solved, or total (default: as train.py)")
-    add("--solved_threshold", type=float, metavar="X", help="from what value of it on (default: 1)")
-
+    _add_own_problems(parser)
     amount = parser.add_argument_group("how much")
     add = amount.add_argument
     add("--limit", type=int, metavar="N", help="only the first N problems of each set")
@@ -129,6 +116,22 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--compare", nargs="+", default=[], metavar="ROWS", help="'paper', or output directories of other evaluations"
     )
     return parser
+
+
+def _add_own_problems(parser: argparse.ArgumentParser) -> None:
+    own = parser.add_argument_group("problems of your own, in the columns that train.py reads")
+    add = own.add_argument
+    add(
+        "--dataset_name",
+        metavar="DATA",
+        help="a file, a directory or a Hub id, or letter_walk, the embedded task under --seed",
+    )
+    add("--dataset_config", metavar="NAME", help="configuration of a Hub dataset that has several")
+    add("--dataset_split", metavar="NAME", help="default: test, or the only one")
+    add("--reward_funcs", nargs="+", metavar="NAME", help="of train.py, or dotted paths; each gets a column")
+    add("--reward_weights", nargs="+", type=float, metavar="W", help="of each in the total (default: 1)")
+    add("--solved_reward", metavar="NAME", help="which of them says what is solved, or total (default: as train.py)")
+    add("--solved_threshold", type=float, metavar="X", help="from what value of it on (default: 1)")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -177,7 +180,7 @@ def _check_kind_of_problems(args: argparse.Namespace) -> None:
     says = "is about the benchmarks, and cannot be combined with --dataset_name"
     if not own:
         says = "needs --dataset_name, the problems of your own"
-    for flag in BENCHMARK_FLAGS if own else OWN_FLAGS:
+    for flag in BENCHMARK_FLAGS if own else PROBLEM_FLAGS:
         if getattr(args, flag) is not None:
             raise EvaluationError(f"--{flag} {says}.")
     args.thought = args.thought or "optional"

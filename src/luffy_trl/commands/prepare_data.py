@@ -82,7 +82,23 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     system.add_argument("--no_system_prompt", action="store_const", const="", dest="system_prompt", help="take it out")
 
-    group = parser.add_argument_group("filters")
+    _add_filters(parser.add_argument_group("filters"))
+
+    group = parser.add_argument_group("splits")
+    group.add_argument("--test_size", type=_size, metavar="N",
+                       help="rows of a test split, or a share of all, below 1; it shares no problem with the training "
+                       "split, nor --ngram_size words in a row; default: no test split")  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, help="of the choice of the test split; default: 0")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", required=True, type=Path, metavar="DIRECTORY")
+    group.add_argument("--overwrite", action="store_true", help="replace what prepare-data wrote there before")
+    group.add_argument("--push_to_hub", metavar="REPO_ID", help="also upload it; a new repository is private")
+    group.add_argument("--public", action="store_true", help="make that new repository public")
+    return parser
+
+
+def _add_filters(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--benchmarks", nargs="+", default=[], metavar="PATH_OR_HUB_ID",
                        help="drop problems that are in these; default: none, and the result says so")  # fmt: skip
     group.add_argument("--ngram_size", type=int, default=NGRAM_SIZE, metavar="WORDS",
@@ -103,19 +119,19 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
                        help="of each prompt, the first ones; default: all. With 1 the column is `completion`, "
                        "which SFTTrainer takes too, instead of `demonstrations`")  # fmt: skip
 
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", required=True, type=Path, metavar="DIRECTORY")
-    group.add_argument("--overwrite", action="store_true", help="replace what prepare-data wrote there before")
-    group.add_argument("--push_to_hub", metavar="REPO_ID", help="also upload it; a new repository is private")
-    group.add_argument("--public", action="store_true", help="make that new repository public")
-    return parser
+    group.add_argument("--keep_without_demonstration", action="store_true",
+                       help="keep problems that have no demonstration, or none left; they come last")  # fmt: skip
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises ValueError for what can be known to fail before anything is loaded."""
     own = [args.prompt_column, args.demonstration_column, args.solution_column]
-    if any(own) and not all(own):
-        raise ValueError("--prompt_column, --demonstration_column and --solution_column go together: give all three.")
+    needed = [args.prompt_column, args.solution_column] if args.keep_without_demonstration else own
+    if any(own) and not all(needed):
+        raise ValueError(
+            "--prompt_column, --demonstration_column and --solution_column go together: give all three "
+            "(with --keep_without_demonstration the prompt's and the solution's may do)."
+        )
     if args.tokenizer is None and not args.no_length:
         raise ValueError("--tokenizer is missing: which model will be trained? (--no_length leaves out the limit.)")
     if args.ngram_size < 0:
@@ -138,3 +154,14 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of 1 or more")
     return int(text)
+
+
+def _size(text: str) -> float:
+    """A whole number of rows, or a share below 1."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf") or (size >= 1 and size != int(size)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of rows, or a share above 0 and below 1")
+    return size

@@ -19,8 +19,8 @@ PLACE_IN_BATCH = re.compile(r",? (?:for|in) row 0(?: of the batch)?")
 
 
 @dataclass(frozen=True)
-class Response:
-    """A response in the form in which reward functions are given it, and the dataset's row that it answers."""
+class Answer:
+    """A response as reward functions are given it, and the dataset's row that it answers."""
 
     number: int  # of the row
     row: Mapping[str, Any]  # the columns that reward functions are given
@@ -57,7 +57,7 @@ class Grader:
         self.functions = {name: checked(function, name) for name, function in functions.items()}
         self.deciding, self.solved, self.where = deciding, solved, where
 
-    def grade(self, responses: Sequence[Response]) -> list[Grade]:
+    def grade(self, responses: Sequence[Answer]) -> list[Grade]:
         """
         Raises:
             EvaluationError: naming the row and the function that raised or returned what is no reward.
@@ -71,7 +71,7 @@ class Grader:
         rewards = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         return [Grade(*grade) for grade in zip(rewards, self.solved(rewards), answers, strict=True)]
 
-    def _call(self, name: str, responses: Sequence[Response]) -> tuple[list[float | None], list | None]:
+    def _call(self, name: str, responses: Sequence[Answer]) -> tuple[list[float | None], list | None]:
         """The function's rewards, and the column with the answers that it found, where it logs one."""
         try:
             return self._called(name, responses)
@@ -83,7 +83,7 @@ class Grader:
                     raise EvaluationError(self._failure(name, f", row {response.number}", own)) from own
             raise EvaluationError(self._failure(name, "", error)) from error
 
-    def _called(self, name: str, responses: Sequence[Response]) -> tuple[list[float | None], list | None]:
+    def _called(self, name: str, responses: Sequence[Answer]) -> tuple[list[float | None], list | None]:
         extra: dict[str, list] = {}
         function = self.functions[name]
         rewards = function(

@@ -18,7 +18,7 @@ from . import EvaluationError, tables
 from .backends import Request
 from .catalog import generation_arguments
 from .comparison import PAPER, read_results
-from .grading import Grader, Response
+from .grading import Answer, Grader
 from .lines import Sample
 from .sampling import Sampler
 from .templates import OWN, TEXT_TEMPLATES
@@ -144,14 +144,14 @@ class OwnProblems:
             sample.rewards, sample.answer = grade.rewards, grade.answer
             sample.score = None if grade.solved is None else float(grade.solved)
 
-    def _response(self, sample: Sample) -> Response:
+    def _response(self, sample: Sample) -> Answer:
         row = self._row(sample.doc_id)
         completion = [{"role": "assistant", "content": sample.response}] if self.is_conversation else sample.response
         [token_ids] = self.reader.token_ids([sample.response])
         end = [] if sample.truncated else [self.reader.tokenizer.eos_token_id]
         [given] = without_demonstrations([row])
         del given["prompt"]
-        return Response(sample.doc_id, given, row["prompt"], completion, token_ids + end)
+        return Answer(sample.doc_id, given, row["prompt"], completion, token_ids + end)
 
     # Tables
 
