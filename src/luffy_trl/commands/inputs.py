@@ -376,8 +376,17 @@ def load_eval_split(
     return load_split(splits, split, name)
 
 
-def load_split(splits: Mapping[str, Dataset | IterableDataset], split: str, name: str) -> Dataset | IterableDataset:
-    """One split, in the columns of the data contract, its prompts and gold answers checked."""
+def load_split(
+    splits: Mapping[str, Dataset | IterableDataset],
+    split: str,
+    name: str,
+    options: str = "--dataset_train_split and --dataset_test_split",
+) -> Dataset | IterableDataset:
+    """One split, in the columns of the data contract, its prompts and gold answers checked.
+
+    Args:
+        options: with which another split is chosen.
+    """
     where = f"--dataset_name {name}"
-    dataset = choose_split(splits, split, where, "--dataset_train_split and --dataset_test_split")
+    dataset = choose_split(splits, split, where, options)
     return checked_rows(to_contract(dataset, where), f"{where}, split {split!r}" if len(splits) > 1 else where)
