@@ -50,6 +50,7 @@ from .objective import demonstration_term, hide_demonstrations, off_policy_loss,
 from .padding.mixin import PaddingFreeMixin
 from .rewards.checked import checked
 from .runs.best import BestByRewardMixin
+from .runs.budget import TokenBudgetMixin
 from .runs.evaluations import EvaluationSetsMixin
 from .runs.mixin import WholeCheckpointMixin
 from .runs.stopping import bound_waiting
@@ -75,7 +76,9 @@ LUFFY_PAPER = {
 }
 
 
-class LuffyTrainer(PaddingFreeMixin, EvaluationSetsMixin, BestByRewardMixin, WholeCheckpointMixin, HubPushMixin):
+class LuffyTrainer(
+    PaddingFreeMixin, EvaluationSetsMixin, BestByRewardMixin, WholeCheckpointMixin, TokenBudgetMixin, HubPushMixin
+):
     """
     GRPO with demonstrations in each group (LUFFY, arXiv 2504.14945). With `num_demonstrations=0` it is `GRPOTrainer`.
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "prepare-model": ("prepare_model", "main", "extend a model's window, and give it a chat template"),
     "prepare-data": ("prepare_data", "main", "filter a dataset, and write it as the trainer reads it"),
     "eval": ("eval", "main", "evaluate a model on the paper's benchmarks, with lm-eval"),
+    "compare": ("compare", "main", "train and evaluate several methods on the same data, one table at the end"),
     "report": ("report", "main", "write one page of curves and completions from runs' output"),
     "demo": ("cli", "demo", "compare GRPO, LUFFY and SFT on the embedded task, on a CPU"),
 }
