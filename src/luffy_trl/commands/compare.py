@@ -130,7 +130,7 @@ class Comparison:
                 DatasetDict(splits).save_to_disk(str(data))
             rewards = recipe.get("reward_funcs") or ["letter_walk_reward"]
             recipe = recipe | {"dataset_name": str(data), "reward_funcs": rewards}
-            base = base_model(None, str(args.output_dir), seed=0)
+            base: str | None = base_model(None, str(args.output_dir), seed=0)
         elif (base := recipe.get("model_name_or_path")) is None:
             raise ComparisonError("model_name_or_path must be in the recipe, or a flag: the base of all methods.")
         tests = [TestSet(HELD_OUT, str(recipe["dataset_name"]), recipe.get("dataset_test_split"))]

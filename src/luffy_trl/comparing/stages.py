@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from ..runs.stopping import STOPPED_STATUS
@@ -20,7 +21,7 @@ from . import ComparisonError
 from .plan import MERGED, MODEL, Plan, Run, TestSet, is_true
 
 
-RECIPE, LOG, DONE = "recipe.yaml", "log.txt", "done.json"
+RECIPE, LOG, DONE, PROCESS = "recipe.yaml", "log.txt", "done.json", "process.json"
 GREEDY, SAMPLED = "greedy", "sampled"
 GRACE = 120.0  # seconds in which a run that is stopped may save a checkpoint
 SHOWN = 3  # last lines of a failed command
@@ -155,9 +156,10 @@ class Processes:
         directory.mkdir(parents=True, exist_ok=True)
         if str(directory / RECIPE) in step.command:
             (directory / RECIPE).write_text(yaml.safe_dump(step.settings, sort_keys=False), encoding="utf-8")
+        end_orphan(directory)
         start = time.monotonic()
         with open(directory / LOG, "a", encoding="utf-8") as log:
-            status = self._wait(step.command, log)
+            status = self._wait(step, log)
         seconds = time.monotonic() - start + _seconds_before(directory)
         if status != 0:
             (directory / "seconds.txt").write_text(f"{seconds:.1f}\n", encoding="utf-8")
@@ -165,16 +167,19 @@ class Processes:
         _write_done(directory, {"seconds": round(seconds, 1), "settings": step.settings})
         return seconds
 
-    def _wait(self, command: Sequence[str], log: Any) -> int:
+    def _wait(self, step: Step, log: Any) -> int:
         with self._lock:
             if self._is_stopped:
                 return STOPPED_STATUS
             # A session of its own: Ctrl-C is for this process, which stops its commands
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(step.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
             self._running.add(process)
+        record = step.directory / PROCESS
+        record.write_text(json.dumps({"pid": process.pid, "started": _started(process.pid)}), encoding="utf-8")
         try:
             return process.wait()
         finally:
+            record.unlink()
             with self._lock:
                 self._running.discard(process)
 
@@ -183,19 +188,47 @@ class Processes:
         with self._lock:
             self._is_stopped = True
             running = list(self._running)
-        for process in running:
-            _signal(process, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE
-        for process in running:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-            _signal(process, signal.SIGKILL)
+        _end([process.pid for process in running])
 
 
-def _signal(process: subprocess.Popen, number: int) -> None:
-    """To the command and whatever it started."""
+def end_orphan(directory: Path) -> None:
+    """Stop the command that a killed comparison has left at work there: two would write the same files."""
+    try:
+        record = json.loads((directory / PROCESS).read_text(encoding="utf-8"))
+        pid, started = int(record["pid"]), float(record["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if _started(pid) == started:
+        _end([pid])
+
+
+def _started(pid: int) -> float:
+    """When the process began, which tells it from a later one of the same number; 0 if there is none."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).create_time()
+    return 0.0
+
+
+def _end(pids: Sequence[int]) -> None:
+    """Ask commands, and whatever they started, to save and stop; kill them where they do not in time."""
+    for pid in pids:
+        _signal(pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE
+    while any(map(_is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in pids:
+        _signal(pid, signal.SIGKILL)
+
+
+def _is_alive(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _signal(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+        os.killpg(pid, number)
 
 
 def _seconds_before(directory: Path) -> float:
