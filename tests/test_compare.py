@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import yaml
 from datasets import DatasetDict
 
 from luffy_trl.commands.cli import main
+from luffy_trl.commands.compare import Comparison, build_parser
 from luffy_trl.comparing import ComparisonError
 from luffy_trl.comparing.methods import Stage, chosen, known_methods
 from luffy_trl.comparing.plan import Plan, Run
@@ -21,6 +24,7 @@ from luffy_trl.runs.budget import StopAtTokens, counted
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
 
+ROOT = Path(__file__).parents[1]
 RECIPE = {
     "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "num_generations": 8, "max_steps": 5,
     "learning_rate": 1e-3, "reward_funcs": "letter_walk_reward", "max_completion_length": 12,
@@ -204,6 +208,28 @@ def files(tmp_path_factory, tiny_model_dir):
 def command(files, out, *more) -> list[str]:
     flags = f"--config {files / 'recipe.yaml'} --output_dir {out} --workers 2".split()
     return ["compare", *flags, *more]
+
+
+def test_the_command_of_the_docs_is_taken(files, tmp_path):
+    """Up to the first run: with this tiny model's recipe."""
+    page = (ROOT / "docs" / "compare.md").read_text()
+    [block] = re.findall(r"```bash\n(luffy-trl compare .*?)```", page, flags=re.DOTALL)
+    argv = shlex.split(block.replace("\\\n", " "))[2:]
+    args, overrides = build_parser("compare").parse_known_args([*argv, "--output_dir", str(tmp_path)])
+    args.config = files / "recipe.yaml"
+    comparison = Comparison(args, overrides)
+    assert [method.name for method in comparison.methods] == ["grpo", "luffy", "sft", "sft_then_rl"]
+    assert len(comparison.plan.runs(comparison.methods, args.seeds, {})) == 1 + 4 * 2
+
+
+def test_methods_of_the_docs_are_read(tmp_path):
+    page = (ROOT / "docs" / "compare.md").read_text()
+    [block] = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(block)
+    mine = known_methods(tmp_path / "mine.yaml")
+    assert mine["small_gamma"].stages == (Stage("train", {"shaping_gamma": 0.01}, 1.0),)
+    assert [stage.share for stage in mine["short_sft_then_luffy"].stages] == [0.2, 0.8]
+    assert set(re.findall(r"`(\w+)`", page.split("## Methods")[1].split("Your own")[0])) == set(known_methods())
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """reasoning-gym as a source of problems: two splits without a common one, its own scorers, no Python in an answer."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from reasoning_gym import create_dataset
@@ -151,20 +153,26 @@ def test_a_dataset_without_its_columns_is_refused():
         reasoning_gym_reward(["\\boxed{1}"], solution=["1"])
 
 
-def test_it_trains(tmp_path, chat_model_dir, capsys):
-    out = tmp_path / "out"
-    model = tmp_path / "model"
-    prepare = f"prepare-model --model_name_or_path {chat_model_dir} --output_dir {model} --template chatml"
-    train = (
-        f"train --model_name_or_path {model} --dataset_name {SUMS},size=16,test_size=4 --output_dir {out} --use_cpu "
-        "--bf16 False --max_steps 2 --num_generations 4 --per_device_train_batch_size 4 --max_completion_length 48 "
-        "--logging_steps 1 --eval_strategy steps --eval_steps 2 --report_to none"
+def test_the_commands_of_the_docs_are_taken(tmp_path, chat_model_dir, capsys):
+    """As printed, but for a tiny model, the CPU, and fewer steps and problems."""
+    page = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
+    [block] = re.findall(r"```bash\n(luffy-trl train .*?)```", page, flags=re.DOTALL)
+    model, out = tmp_path / "model", tmp_path / "sums"
+    block = block.replace("Qwen/Qwen2.5-0.5B-Instruct", str(model)).replace("out/sums", str(out))
+    train, evaluate = block.replace("evals/sums", str(tmp_path / "evals")).replace("\\\n", " ").strip().split("\n")
+    train += (
+        " --use_cpu --bf16 False --max_steps 2 --num_generations 4 --per_device_train_batch_size 4 "
+        "--max_completion_length 48 --logging_steps 1 --eval_strategy steps --eval_steps 2 --report_to none"
     )
-    for command in (prepare, train):
-        main(command.split())
+    evaluate += " --device cpu --max_new_tokens 4 --limit 2"
+    prepare = f"luffy-trl prepare-model --model_name_or_path {chat_model_dir} --output_dir {model} --template chatml"
+    for command in (prepare, train, evaluate):
+        main(command.split()[1:])
     [logs] = [json.loads(path.read_text())["log_history"] for path in out.glob("checkpoint-*/trainer_state.json")]
     assert logs[0]["off_policy/reward"] == 1
     assert any("eval_reward" in log for log in logs)
+    [summary] = json.loads((tmp_path / "evals" / "results.json").read_text())["tasks"].values()
+    assert (summary["problems"], summary["score"]) == (2, 0.0)
 
 
 def test_prepare_data_writes_it_down(tmp_path):
