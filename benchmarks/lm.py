@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luffy_trl.commands.cli import main as luffy_trl
 from luffy_trl.comparing.methods import known_methods
-from luffy_trl.comparing.results import Result, chosen_rates
+from luffy_trl.comparing.results import Measured, chosen_rates
 from luffy_trl.data.loading import load_splits
 
 
@@ -200,7 +200,7 @@ class Results:
 
     def rates(self) -> dict[str, float]:
         trials = [
-            Result(run["method"], run["seed"], run["learning_rate"], run["accuracy"])
+            Measured(run["method"], run["seed"], run["learning_rate"], run["accuracy"])
             for run in self.runs
             if run["chooses_rate"]
         ]

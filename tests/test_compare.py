@@ -18,8 +18,8 @@ from luffy_trl.commands.cli import main
 from luffy_trl.commands.compare import Comparison, build_parser
 from luffy_trl.comparing import ComparisonError
 from luffy_trl.comparing.methods import Stage, chosen, known_methods
-from luffy_trl.comparing.plan import Plan, Run
-from luffy_trl.comparing.results import Result, chosen_rates, table
+from luffy_trl.comparing.plan import Plan, PlannedRun
+from luffy_trl.comparing.results import Measured, chosen_rates, table
 from luffy_trl.runs.budget import StopAtTokens, counted
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
@@ -40,7 +40,7 @@ def plan(**changes) -> Plan:
 
 
 def recipes(name: str, **changes) -> list[dict]:
-    run = Run(name, known_methods()[name].stages, 3, changes.pop("rate", None), Path("run"))
+    run = PlannedRun(name, known_methods()[name].stages, 3, changes.pop("rate", None), Path("run"))
     return [plan(**changes).stage_recipe(run, number) for number in range(len(run.stages))]
 
 
@@ -132,7 +132,7 @@ def test_a_rate_is_chosen_by_the_mean_and_the_smallest_of_equals():
         "b": {1e-5: (0, 0), 1e-4: (0, 0), 1e-3: (0, 0)},
     }
     results = [
-        Result(method, seed, rate, accuracy={"held_out": score})
+        Measured(method, seed, rate, accuracy={"held_out": score})
         for method, rates in scores.items()
         for rate, of_seeds in rates.items()
         for seed, score in enumerate(of_seeds)
@@ -142,8 +142,8 @@ def test_a_rate_is_chosen_by_the_mean_and_the_smallest_of_equals():
 
 def test_the_table_has_mean_and_deviation_over_seeds():
     [grpo] = chosen(["grpo"], known_methods())
-    results = [Result("base", 0, None, {"t": 0.5}, {"t": 0.25})]
-    results += [Result("grpo", s, None, {"t": a}, {"t": 0.5}, 1.5, 10, 3) for s, a in ((0, 0.5), (1, 0.7))]
+    results = [Measured("base", 0, None, {"t": 0.5}, {"t": 0.25})]
+    results += [Measured("grpo", s, None, {"t": a}, {"t": 0.5}, 1.5, 10, 3) for s, a in ((0, 0.5), (1, 0.7))]
     header, base, row = table(results, [grpo], ["t"], ["sampled", "greedy"])
     assert header == ["method", "seeds", "t, sampled", "t, greedy", "entropy", "tokens", "seconds"]
     assert base == ["base", "1", "50.0", "25.0", "-", "-", "-"]

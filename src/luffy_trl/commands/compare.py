@@ -18,8 +18,8 @@ from trl import ModelConfig, TrlParser
 
 from ..comparing import ComparisonError
 from ..comparing.methods import chosen, known_methods
-from ..comparing.plan import Plan, Recipe, Run, TestSet, field_names
-from ..comparing.results import Result, chosen_rates, result, table, write
+from ..comparing.plan import Plan, PlannedRun, Recipe, TestSet, field_names
+from ..comparing.results import Measured, chosen_rates, result, table, write
 from ..comparing.stages import GREEDY, SAMPLED, USAGE_STATUS, Commands, Processes, StageError
 from ..config import LuffyConfig
 from ..runs.lock import alone_in
@@ -165,7 +165,7 @@ class Comparison:
 
     # Runs, several at a time
 
-    def _all(self, runs: Sequence[Run], what: str) -> list[Result]:
+    def _all(self, runs: Sequence[PlannedRun], what: str) -> list[Measured]:
         todo = [run for run in runs if not self._is_done(run)]
         print(f"{what}: {len(runs)} runs, {len(runs) - len(todo)} of them finished before", flush=True)
         failed: list[str] = []
@@ -188,16 +188,16 @@ class Comparison:
             raise ComparisonError(f"{failed[0]}.{more} The same command tries again what failed.")
         return [result(run, self.commands) for run in runs]
 
-    def _is_done(self, run: Run) -> bool:
+    def _is_done(self, run: PlannedRun) -> bool:
         return all(step.seconds() is not None for step in self.commands.steps(run))
 
-    def _one(self, run: Run, processes: Processes) -> None:
+    def _one(self, run: PlannedRun, processes: Processes) -> None:
         for step in self.commands.steps(run):
             if step.seconds() is None:
                 processes.run(step)
 
 
-def _as_they_end(futures: Mapping[Future, Run]) -> Iterator[tuple[Run, StageError | None]]:
+def _as_they_end(futures: Mapping[Future, PlannedRun]) -> Iterator[tuple[PlannedRun, StageError | None]]:
     """Runs with what they failed of. Waits in short turns, so that Ctrl-C is heard."""
     waiting = set(futures)
     while waiting:

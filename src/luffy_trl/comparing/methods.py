@@ -11,8 +11,8 @@ import yaml
 from . import ComparisonError
 
 
-COMMANDS = ("train", "sft")
-BASE = "base"  # evaluated as it is
+STAGE_COMMANDS = ("train", "sft")
+BASE_MODEL = "base"  # evaluated as it is
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ def chosen(names: Sequence[str], methods: Mapping[str, Method]) -> list[Method]:
         ComparisonError: for a name that there is not.
     """
     for name in names:
-        if name not in methods and name != BASE:
+        if name not in methods and name != BASE_MODEL:
             raise ComparisonError(
                 f"--methods {name}: there is no such method. There are {', '.join(methods)}; your own go into a file "
                 "that --methods_file names."
             )
-    return [methods[name] for name in dict.fromkeys(names) if name != BASE]
+    return [methods[name] for name in dict.fromkeys(names) if name != BASE_MODEL]
 
 
 def _read(text: str, where: str) -> dict[str, Method]:
@@ -70,8 +70,8 @@ def _read(text: str, where: str) -> dict[str, Method]:
 
 
 def _method(name: str, value: Any, where: str) -> Method:
-    if not name.isidentifier() or name == BASE:
-        raise ComparisonError(f"{where}: a method's name is made of letters, digits and _, and not {BASE!r}.")
+    if not name.isidentifier() or name == BASE_MODEL:
+        raise ComparisonError(f"{where}: a method's name is made of letters, digits and _, and not {BASE_MODEL!r}.")
     if not isinstance(value, dict) or set(value) - {"label", "stages"} or not isinstance(value.get("stages"), list):
         raise ComparisonError(f"{where} must have a list of `stages`, and may have a `label`.")
     parts = [_stage(stage, f"{where}, stage {i}") for i, stage in enumerate(value["stages"], start=1)]
@@ -87,7 +87,7 @@ def _method(name: str, value: Any, where: str) -> Method:
 
 
 def _stage(value: Any, where: str) -> tuple[str, dict[str, Any], float | None]:
-    commands = [name for name in COMMANDS if isinstance(value, dict) and name in value]
+    commands = [name for name in STAGE_COMMANDS if isinstance(value, dict) and name in value]
     if len(commands) != 1 or set(value) - {commands[0], "share"}:
         raise ComparisonError(f"{where} must be `train` or `sft` with their fields, and may have a `share`.")
     fields, share = value[commands[0]] or {}, value.get("share")

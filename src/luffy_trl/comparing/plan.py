@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ComparisonError
-from .methods import BASE, Method, Stage
+from .methods import BASE_MODEL, Method, Stage
 
 
 Recipe = dict[str, Any]
@@ -27,8 +27,8 @@ class TestSet:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training of a method; BASE without stages.
+class PlannedRun:
+    """One training of a method; BASE_MODEL without stages.
 
     Attributes:
         learning_rate: None: the recipe's, or the stages' own.
@@ -69,30 +69,30 @@ class Plan:
     token_budget: int | None
     sft_fields: frozenset[str]
 
-    def runs(self, methods: Sequence[Method], seeds: Sequence[int], rates: Mapping[str, float]) -> list[Run]:
+    def runs(self, methods: Sequence[Method], seeds: Sequence[int], rates: Mapping[str, float]) -> list[PlannedRun]:
         """Seed by seed, so that a table is there early.
 
         Args:
             rates: of the methods whose rate was chosen.
         """
-        runs = [Run(BASE, (), 0, None, self.output_dir / "runs" / BASE)]
+        runs = [PlannedRun(BASE_MODEL, (), 0, None, self.output_dir / "runs" / BASE_MODEL)]
         for seed in seeds:
             for method in methods:
                 directory = self.output_dir / "runs" / method.name / f"seed-{seed}"
-                runs.append(Run(method.name, method.stages, seed, rates.get(method.name), directory))
+                runs.append(PlannedRun(method.name, method.stages, seed, rates.get(method.name), directory))
         return runs
 
-    def trials(self, methods: Sequence[Method], seeds: Sequence[int], rates: Sequence[float]) -> list[Run]:
+    def trials(self, methods: Sequence[Method], seeds: Sequence[int], rates: Sequence[float]) -> list[PlannedRun]:
         """Runs by which a method's rate is chosen."""
         root = self.output_dir / "rates"
         return [
-            Run(method.name, method.stages, seed, rate, root / method.name / f"rate-{rate:g}" / f"seed-{seed}")
+            PlannedRun(method.name, method.stages, seed, rate, root / method.name / f"rate-{rate:g}" / f"seed-{seed}")
             for seed in seeds
             for method in methods
             for rate in rates
         ]
 
-    def stage_recipe(self, run: Run, number: int) -> Recipe:
+    def stage_recipe(self, run: PlannedRun, number: int) -> Recipe:
         """The recipe of one stage, for `train` or `sft`.
 
         Raises:
@@ -118,7 +118,7 @@ class Plan:
         """The folder from which the next stage starts: an adapter is merged before."""
         return MERGED if is_true(self.recipe.get("use_peft")) else MODEL
 
-    def _amount(self, run: Run, number: int) -> Recipe:
+    def _amount(self, run: PlannedRun, number: int) -> Recipe:
         """Steps of a stage: of those before it, and of all, rounded, so that they add up."""
         steps = self.recipe.get("max_steps", -1)
         if not isinstance(steps, int) or steps < 1:

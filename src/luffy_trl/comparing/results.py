@@ -10,8 +10,8 @@ from typing import Any
 from ..reporting.tables_and_curves import text_table
 from ..runs.budget import counted
 from . import ComparisonError
-from .methods import BASE, Method
-from .plan import MODEL, Run
+from .methods import BASE_MODEL, Method
+from .plan import MODEL, PlannedRun
 from .stages import GREEDY, SAMPLED, Commands, evaluation_directory
 
 
@@ -19,7 +19,7 @@ AS_GOOD = 0.01  # a rate is as good as the best if it has this share of right an
 
 
 @dataclass(frozen=True)
-class Result:
+class Measured:
     """
     Attributes:
         accuracy, greedy: test set -> share of right answers, sampled and greedy.
@@ -39,7 +39,7 @@ class Result:
     steps: int = 0
 
 
-def result(run: Run, commands: Commands) -> Result:
+def result(run: PlannedRun, commands: Commands) -> Measured:
     """What a finished run's files say.
 
     Raises:
@@ -48,7 +48,7 @@ def result(run: Run, commands: Commands) -> Result:
     logs = [_log(run.stage_directory(number) / MODEL / "trainer_state.json") for number in range(len(run.stages))]
     sampled = [line for lines in logs for line in lines if "on_policy/entropy" in line]
     seconds = [step.seconds() for step in commands.steps(run) if step.directory.parent == run.directory]
-    return Result(
+    return Measured(
         run.name,
         run.seed,
         run.learning_rate,
@@ -68,7 +68,7 @@ def _log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _score(run: Run, test: str, way: str) -> float:
+def _score(run: PlannedRun, test: str, way: str) -> float:
     path = evaluation_directory(run, test, way) / "results" / "results.json"
     try:
         [summary] = _json(path)["tasks"].values()
@@ -86,7 +86,7 @@ def _json(path: Path) -> Any:
         ) from error
 
 
-def chosen_rates(results: Sequence[Result], test: str) -> dict[str, float]:
+def chosen_rates(results: Sequence[Measured], test: str) -> dict[str, float]:
     """Method -> the smallest rate that is as good as the best, by the mean share of right answers over seeds.
 
     Where all rates are equal, as for a method that learns nothing, the middle one.
@@ -111,7 +111,7 @@ def _best(scores: Mapping[float, float]) -> float:
 
 
 def table(
-    results: Sequence[Result], methods: Sequence[Method], tests: Sequence[str], ways: Sequence[str]
+    results: Sequence[Measured], methods: Sequence[Method], tests: Sequence[str], ways: Sequence[str]
 ) -> list[list[str]]:
     """Header and a row a method, in percent: the mean over seeds, ± their standard deviation."""
     header = ["method", "seeds"]
@@ -119,7 +119,7 @@ def table(
     header += ["entropy", "tokens", "seconds"]
     if any(one.learning_rate is not None for one in results):
         header.append("rate")
-    labels = {BASE: "base", **{method.name: method.label for method in methods}}
+    labels = {BASE_MODEL: "base", **{method.name: method.label for method in methods}}
     return [
         header,
         *(
@@ -131,14 +131,14 @@ def table(
 
 
 def _row(
-    label: str, of_method: Sequence[Result], tests: Sequence[str], ways: Sequence[str], header: Sequence[str]
+    label: str, of_method: Sequence[Measured], tests: Sequence[str], ways: Sequence[str], header: Sequence[str]
 ) -> list[str]:
     scores = [
         [(r.accuracy if way == SAMPLED else r.greedy)[test] for r in of_method] for test in tests for way in ways
     ]
     entropies = [r.entropy for r in of_method if r.entropy is not None]
     cells = [label, str(len(of_method)), *(_percent(values) for values in scores)]
-    is_base = of_method[0].method == BASE
+    is_base = of_method[0].method == BASE_MODEL
     cells.append(f"{statistics.fmean(entropies):.2f}" if entropies else "-")
     cells.append("-" if is_base else f"{statistics.fmean(r.tokens for r in of_method):,.0f}")
     cells.append("-" if is_base else f"{statistics.fmean(r.seconds for r in of_method):,.0f}")
@@ -153,7 +153,7 @@ def _percent(values: Sequence[float]) -> str:
     return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def write(results: Sequence[Result], rows: list[list[str]], facts: Mapping[str, Any], output_dir: Path) -> str:
+def write(results: Sequence[Measured], rows: list[list[str]], facts: Mapping[str, Any], output_dir: Path) -> str:
     """`results.json` and `results.md`; returns the table as text."""
     runs = {"runs": [asdict(one) for one in results]}
     (output_dir / "results.json").write_text(json.dumps({**facts, **runs}, indent=1) + "\n", encoding="utf-8")

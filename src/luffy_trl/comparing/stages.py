@@ -18,13 +18,13 @@ import yaml
 
 from ..runs.stopping import STOPPED_STATUS
 from . import ComparisonError
-from .plan import MERGED, MODEL, Plan, Run, TestSet, is_true
+from .plan import MERGED, MODEL, Plan, PlannedRun, TestSet, is_true
 
 
 RECIPE, LOG, DONE, PROCESS = "recipe.yaml", "log.txt", "done.json", "process.json"
 GREEDY, SAMPLED = "greedy", "sampled"
 GRACE = 120.0  # seconds in which a run that is stopped may save a checkpoint
-SHOWN = 3  # last lines of a failed command
+LAST_LINES = 3  # last lines of a failed command
 USAGE_STATUS = 2
 
 
@@ -85,7 +85,7 @@ class Commands:
     evaluate: Sequence[str]
     n_samples: int
 
-    def steps(self, run: Run) -> list[Step]:
+    def steps(self, run: PlannedRun) -> list[Step]:
         training = []
         for number in range(len(run.stages)):
             if number and self.plan.handed_on == MERGED:
@@ -93,7 +93,7 @@ class Commands:
             training.append(self._training(run, number))
         return training + [self._evaluation(run, test, way) for test in self.tests for way in self.ways]
 
-    def _training(self, run: Run, number: int) -> Step:
+    def _training(self, run: PlannedRun, number: int) -> Step:
         recipe, directory = self.plan.stage_recipe(run, number), run.stage_directory(number)
         launcher = [sys.executable, "-m"]
         if self.accelerate_config is not None:
@@ -101,13 +101,13 @@ class Commands:
         command = [*launcher, "luffy_trl", run.stages[number].command, "--config", str(directory / RECIPE)]
         return Step(f"stage {number + 1}, {run.stages[number].command}", directory, command, recipe)
 
-    def _merging(self, run: Run, number: int) -> Step:
+    def _merging(self, run: PlannedRun, number: int) -> Step:
         stage = run.stage_directory(number)
         into = ["--merge", "--to", str(stage / MERGED)]
         command = [sys.executable, "-m", "luffy_trl", "push", str(stage / MODEL), *into]
         return Step(f"stage {number + 1}, merging the adapter", stage / "merging", command, {})
 
-    def _evaluation(self, run: Run, test: TestSet, way: str) -> Step:
+    def _evaluation(self, run: PlannedRun, test: TestSet, way: str) -> Step:
         recipe = self.plan.recipe
         directory = evaluation_directory(run, test.name, way)
         is_adapter = bool(run.stages) and self.plan.handed_on == MERGED
@@ -134,7 +134,7 @@ class Commands:
         return Step(f"{way} answers to {test.name}", directory, command, settings | more)
 
 
-def evaluation_directory(run: Run, test: str, way: str) -> Path:
+def evaluation_directory(run: PlannedRun, test: str, way: str) -> Path:
     return run.directory / "evaluations" / f"{test}-{way}"
 
 
@@ -250,4 +250,4 @@ def _last_lines(log: Path) -> str:
     """What a command said last, on one line."""
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    return f"{' '.join(lines[-SHOWN:])[-600:]} (all of it: {log})"
+    return f"{' '.join(lines[-LAST_LINES:])[-600:]} (all of it: {log})"
