@@ -147,7 +147,7 @@ class Comparison:
         rows = table(results, self.methods, tests, self.args.answers)
         print(f"\n{write(results, rows, self._facts(), self.args.output_dir)}\n")
         print("Right answers in percent, the mean over seeds ± their standard deviation.")
-        print(f"Table: {self.args.output_dir / 'results.md'}   Numbers: results.json   Report: {self._report()}")
+        print(f"Table: {self.args.output_dir / 'results.md'}   Numbers: results.json{self._report()}")
 
     def _facts(self) -> dict[str, Any]:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
@@ -155,13 +155,17 @@ class Comparison:
         recipe = {name: value for name, value in self.plan.recipe.items() if name != "hub_token"}
         return {"device": device, "versions": {name: version(name) for name in packages}, "recipe": recipe}
 
-    def _report(self) -> Path:
+    def _report(self) -> str:
+        """Write the curves of all runs on one page. Returns where it is, nothing where only the base was evaluated."""
         from .report import MOST_COMPLETIONS, PAGE, report
 
         runs = self.plan.runs(self.methods, self.args.seeds, {})
+        trained = [Path(run.model("")) for run in runs if run.stages]
+        if not trained:
+            return ""
         folder = self.args.output_dir / "report"
-        report([Path(run.model("")) for run in runs if run.stages], folder, MOST_COMPLETIONS, None)
-        return folder / PAGE
+        report(trained, folder, MOST_COMPLETIONS, None)
+        return f"   Report: {folder / PAGE}"
 
     # Runs, several at a time
 
