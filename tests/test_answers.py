@@ -492,10 +492,10 @@ def test_one_hanging_answer_blocks_no_other_thread(monkeypatch):
         assert hanging.is_alive()
     finally:
         while hanging.is_alive():  # a request whose worker dies is tried once more
-            for worker in [worker for pool in verifier.in_use for worker in pool.workers]:
+            for worker in [worker for pool in verifier.pools.in_use for worker in pool.workers]:
                 worker.process.kill()
             hanging.join(0.2)
-        verifier.close()
+        verifier.pools.close()
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_every_command_reads_such_a_name(tmp_path, tiny_model_dir, capsys):
     message = {"role": "user", "content": "What is 1 + 1?"}
     row = {"prompt": [message], "completion": [{"role": "assistant", "content": "\\boxed{2}"}], "solution": 2}
     own = lines(tmp_path / name, [row])
-    main(["prepare-data", str(own), "--output-dir", str(tmp_path / "out"), "--no-length"])
+    main(["prepare-data", str(own), "--output_dir", str(tmp_path / "out"), "--no_length"])
     assert read(tmp_path / "out")[0]["solution"] == "2"
 
     problem = {"data_source": "math", "prompt": [message], "reward_model": {"ground_truth": 2}}
@@ -168,7 +168,7 @@ def test_other_files_are_refused_as_what_they_are(tmp_path, name, capsys):
     for command in ("train", "sft"):
         assert said in refusal(command, tmp_path / name, capsys)
     with pytest.raises(SystemExit) as stop:
-        main(["prepare-data", str(tmp_path / name), "--output-dir", str(tmp_path / "out"), "--no-length"])
+        main(["prepare-data", str(tmp_path / name), "--output_dir", str(tmp_path / "out"), "--no_length"])
     assert stop.value.code == 2
     assert "expected a file that ends in .parquet, .json, .jsonl" in capsys.readouterr().err.splitlines()[-1]
 
@@ -224,7 +224,7 @@ def parquet_bytes(rows: int) -> bytes:
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, name, content, said, streaming, capsys):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SystemExit) as stop:
-        main(["prepare-data", str(tmp_path / name), "--output-dir", str(tmp_path / "out"), "--no-length", *streaming])
+        main(["prepare-data", str(tmp_path / name), "--output_dir", str(tmp_path / "out"), "--no_length", *streaming])
     assert stop.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"luffy-trl prepare-data: error: {tmp_path / name} cannot be read: ")
@@ -315,8 +315,8 @@ def test_prepare_data_keeps_them_too(tmp_path):
     for i, (column, expected) in enumerate(COLUMNS):
         texts = [f"problem {i}" for i in range(len(column))]
         path = table(tmp_path / f"{i}.parquet", {"q": texts, "a": ["\\boxed{1}"] * len(column), "s": column})
-        own = ["--prompt-column", "q", "--demonstration-column", "a", "--solution-column", "s"]
-        main(["prepare-data", str(path), "--output-dir", str(tmp_path / "out"), "--no-length", "--no-verify",
+        own = ["--prompt_column", "q", "--demonstration_column", "a", "--solution_column", "s"]
+        main(["prepare-data", str(path), "--output_dir", str(tmp_path / "out"), "--no_length", "--no_verify",
               "--overwrite", *own])  # fmt: skip
         kept = datasets.load_dataset("parquet", data_dir=str(tmp_path / "out" / "data"), split="train")["solution"]
         assert list(kept) == [text for text in expected if text is not None]

@@ -21,38 +21,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from luffy_trl.commands.eval import main
 from luffy_trl.evaluation import EvaluationError, tables
 from luffy_trl.evaluation.catalog import TASKS, Catalog, configure
+from luffy_trl.evaluation.comparison import paper_rows
 from luffy_trl.evaluation.documents import shuffled_choices, to_documents
-from luffy_trl.evaluation.samples import Sample, SampleStore, prompt_hash
+from luffy_trl.evaluation.lines import Sample, prompt_hash
+from luffy_trl.evaluation.samples import SampleStore
 from luffy_trl.evaluation.scoring import judge_responses
 from luffy_trl.evaluation.tables import Summary, summarize
 from luffy_trl.evaluation.templates import TEXT_TEMPLATES
 
-from .test_train_script import build_text_model
+from .conftest import SAID
 
 
-SAID = "1 + 1 = 2\n</think>\n\nThe answer is \\boxed{2}"
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    """A tiny model that has learned to say the same to everything, and says it most of the time at T = 0.6."""
-    directory = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    build_text_model([SAID] * 4, directory)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
-    said = tokenizer(SAID, return_tensors="pt")["input_ids"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(60):
-        prompt = torch.randint(len(tokenizer), (8, 5 + step % 20))
-        opening = tokenizer("assistant\n<think>\n", return_tensors="pt")["input_ids"].expand(8, -1)
-        answer = torch.cat([said, torch.tensor([[tokenizer.eos_token_id]])], dim=1).expand(8, -1)
-        ids = torch.cat([prompt, opening, answer], dim=1)
-        labels = torch.where(torch.arange(ids.shape[1]) < ids.shape[1] - answer.shape[1], -100, ids)
-        model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(directory)
-    return directory
+@pytest.fixture
+def model_dir(speaking_model) -> Path:
+    return speaking_model
 
 
 @pytest.fixture
@@ -410,7 +392,7 @@ def test_an_average_counts_benchmarks_the_same_and_needs_all_of_them():
 
 def test_the_papers_rows_have_the_averages_that_are_printed_with_them():
     catalog = Catalog()
-    rows = tables.paper_rows()
+    rows = paper_rows()
     assert len(rows) == 7
     for line in rows:
         for group in catalog.groups.values():

@@ -8,7 +8,16 @@ import torch
 from luffy_trl.advantages import Outcome
 from luffy_trl.demonstrations import Demonstration
 from luffy_trl.demonstrations.placement import Generation, Placement
-from luffy_trl.metrics import Means, Stopwatch, group_metrics, length_sums, source_sums, token_sums
+from luffy_trl.metrics import (
+    ColdStart,
+    Means,
+    Stopwatch,
+    cold_start_sums,
+    group_metrics,
+    length_sums,
+    source_sums,
+    token_sums,
+)
 
 
 CPU = torch.device("cpu")
@@ -60,8 +69,38 @@ def test_tokens_of_rollouts_and_demonstrations_are_told_apart():
     assert sums["off_policy/prob"] == pytest.approx((2.0, 3))
     assert sums["off_policy/ratio"] == pytest.approx((2 + math.exp(20), 3))  # a ratio above e^20 counts as that
     assert sums["off_policy/token_fraction"] == (3.0, 5)
+    assert "off_policy/below_gamma" not in sums
+    rare = token_sums(logps, entropies, mask, off_policy, behavior, gamma=1.5)["off_policy/below_gamma"]
+    assert tuple(map(int, rare)) == (2, 3)  # ratios of 1, 1 and 1e20
     certain = token_sums(logps, entropies, mask, off_policy)
     assert certain["off_policy/ratio"][0] == certain["off_policy/prob"][0]
+
+
+def test_push_and_pull_are_weights_times_what_a_token_can_still_move():
+    # a cold group of a rollout, with padding, and a demonstration; a row of a group that is not cold
+    logps = torch.tensor([[0.5, 0.25, NAN], [0.1, 0.9, 1.0], [0.5, 0.5, 0.5]]).log()
+    batch = {
+        "completion_mask": torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1]]),
+        "off_policy_mask": torch.tensor([[False] * 3, [True] * 3, [False] * 3]),
+        "advantages": torch.tensor([-0.5, 0.5, -0.5]),
+        "off_policy_weight": torch.tensor([0.0, 2.0, 0.0]),
+        "is_cold": torch.tensor([True, True, False]),
+    }
+    pull = torch.tensor([[9.0] * 3, [0.3, 0.2, 0.1], [9.0] * 3])
+    denominator = torch.tensor([[2.0], [4.0], [2.0]])
+    [(pushed, pulled)] = cold_start_sums(logps, pull, batch, denominator).values()
+    assert float(pushed) == pytest.approx(0.5 * (0.5 + 0.75) / 2)
+    assert float(pulled) == pytest.approx(2 * (0.3 * 0.9 + 0.2 * 0.1 + 0.0) / 4)
+
+
+def test_a_cold_start_is_said_once_it_has_lasted():
+    watch = ColdStart()
+    assert not watch.look(19, solve_none=1.0, push_to_pull=10.0)
+    assert watch.look(20, solve_none=1.0, push_to_pull=10.0)
+    assert not watch.look(20, solve_none=1.0, push_to_pull=2.0)
+    assert not watch.look(30, solve_none=0.9, push_to_pull=10.0)  # one was right
+    assert not watch.look(40, solve_none=1.0, push_to_pull=10.0)
+    assert watch.look(50, solve_none=1.0, push_to_pull=10.0)
 
 
 def test_bfloat16_is_summed_in_float32():

@@ -107,8 +107,8 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def prepare(source, output, *options, tokenizer=None) -> None:
-    length = ["--tokenizer", tokenizer, "--max-tokens", MAX_TOKENS] if tokenizer else ["--no-length"]
-    main(["prepare-data", *map(str, [source, "--output-dir", output, *length, *options])])
+    length = ["--tokenizer", tokenizer, "--max_tokens", MAX_TOKENS] if tokenizer else ["--no_length"]
+    main(["prepare-data", *map(str, [source, "--output_dir", output, *length, *options])])
 
 
 def result(output):
@@ -166,7 +166,7 @@ def planted_luffy(longest):
 def test_exactly_the_planted_rows_of_luffys_schema_are_dropped(tmp_path, planted_luffy, model, benchmark, capsys):
     rows, planted = planted_luffy
     source, output = write(tmp_path / "train.parquet", rows), tmp_path / "out"
-    prepare(source, output, "--benchmarks", benchmark, "--num-proc", 2, tokenizer=model)
+    prepare(source, output, "--benchmarks", benchmark, "--num_proc", 2, tokenizer=model)
     kept, dropped = result(output)
     assert dropped == planted
     assert [int(row["id"]) for row in kept] == [i for i in range(len(rows)) if i not in planted]
@@ -239,7 +239,7 @@ def planted_openr1(longest):
 KEPT_TRACES = {0: [trace(2), trace("2.0")], 2: [trace(7)], 4: [trace(9)], 6: [trace(17)], 12: [trace(1)]}
 
 
-@pytest.mark.parametrize("options", [["--num-proc", 1], ["--num-proc", 3], ["--streaming"]])
+@pytest.mark.parametrize("options", [["--num_proc", 1], ["--num_proc", 3], ["--streaming"]])
 def test_exactly_the_planted_rows_and_traces_of_openr1_are_dropped(
     tmp_path, planted_openr1, model, benchmark, options
 ):
@@ -259,7 +259,7 @@ def test_exactly_the_planted_rows_and_traces_of_openr1_are_dropped(
 
 def test_the_sources_verdicts_can_be_trusted(tmp_path):
     rows = [openr1("a", [trace(9), trace(8)], "9", right=[False, True]), openr1("b", [trace(1)], "1", right=[False])]
-    prepare(write(tmp_path / "train.jsonl", rows), tmp_path / "out", "--trust-source")
+    prepare(write(tmp_path / "train.jsonl", rows), tmp_path / "out", "--trust_source")
     kept, dropped = result(tmp_path / "out")
     assert [d[0]["content"] for d in kept[0]["demonstrations"]] == [trace(8)]
     assert dropped == {1: "not verified"}
@@ -273,7 +273,7 @@ def test_own_columns_stay_texts_and_lists_become_several(tmp_path):
         {"question": "1 + 1?", "steps": ["No answer here.", "So \\boxed{2}"], "result": 2, "source": "me", "id": 7},
         {"question": "2 + 2?", "steps": ["\\boxed{5}"], "result": 4, "source": None, "id": 8},
     ]
-    own = ["--prompt_column", "question", "--demonstration-column=steps", "--solution_column=result"]
+    own = ["--prompt_column", "question", "--demonstration_column=steps", "--solution_column=result"]
     prepare(write(tmp_path / "train.jsonl", rows), tmp_path / "out", *own)
     kept, dropped = result(tmp_path / "out")
     expected = {"prompt": "1 + 1?", "demonstrations": ["So \\boxed{2}"], "solution": "2", "source": "me", "id": "7"}
@@ -283,7 +283,7 @@ def test_own_columns_stay_texts_and_lists_become_several(tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "system"),
-    [([], ["Old."]), (["--system-prompt", "New."], ["New."]), (["--no-system-prompt"], [])],
+    [([], ["Old."]), (["--system_prompt", "New."], ["New."]), (["--no_system_prompt"], [])],
 )
 def test_the_system_prompt_is_kept_replaced_or_taken_out(tmp_path, option, system):
     prompt = [{"role": "system", "content": "Old."}, {"role": "user", "content": "1 + 1?"}]
@@ -297,7 +297,7 @@ def test_the_system_prompt_is_kept_replaced_or_taken_out(tmp_path, option, syste
 def test_texts_become_messages_on_request(tmp_path):
     rows = [{"prompt": "1 + 1?", "completion": "\\boxed{2}", "solution": "2"}]
     source = write(tmp_path / "train.jsonl", rows)
-    prepare(source, tmp_path / "out", "--conversational", "--system-prompt", "Be brief.")
+    prepare(source, tmp_path / "out", "--conversational", "--system_prompt", "Be brief.")
     [row] = result(tmp_path / "out")[0]
     assert [message["role"] for message in row["prompt"]] == ["system", "user"]
     assert row["completion"] == [{"role": "assistant", "content": "\\boxed{2}"}]
@@ -305,15 +305,15 @@ def test_texts_become_messages_on_request(tmp_path):
 
 def test_every_filter_can_be_left_out_and_the_card_says_so(tmp_path):
     rows = [luffy("a", trace(2), "1"), luffy("a", trace(1), "1"), luffy(BENCHMARK, trace(1), "1")]
-    options = ["--no-verify", "--no-deduplicate", "--max-rows", 2]
+    options = ["--no_verify", "--no_deduplicate", "--max_rows", 2]
     prepare(write(tmp_path / "train.jsonl", rows), tmp_path / "out", *options)
     assert len(result(tmp_path / "out")[0]) == 2
     card = (tmp_path / "out" / "README.md").read_text()
     for line in (
         "contaminated: not checked, no --benchmarks",
-        "too long: not checked, --no-length",
-        "not verified: not checked, --no-verify",
-        "duplicate: not checked, --no-deduplicate",
+        "too long: not checked, --no_length",
+        "not verified: not checked, --no_verify",
+        "duplicate: not checked, --no_deduplicate",
     ):
         assert f"| {line} | - | - |" in card
     assert "licence of train.jsonl is not known" in card
@@ -368,7 +368,7 @@ def test_a_stream_that_breaks_later_leaves_nothing_behind(tmp_path, capsys):
     source = tmp_path / "data.jsonl"
     source.write_text("\n".join([good] * 20_000) + '\n{"prompt": "bro')  # beyond the first block that is read
     with pytest.raises(SystemExit) as exit_:
-        prepare(source, tmp_path / "out", "--streaming", "--no-verify")
+        prepare(source, tmp_path / "out", "--streaming", "--no_verify")
     assert exit_.value.code == 2
     assert "data.jsonl cannot be read: JSON parse error" in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
@@ -377,29 +377,29 @@ def test_a_stream_that_breaks_later_leaves_nothing_behind(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompt-column", "a"], "go together: give all three"),
+        (["--prompt_column", "a"], "go together: give all three"),
         (["--config", "all"], "so it has no configuration 'all' to choose"),
         (["--tokenizer", "no/such"], "--tokenizer no/such cannot be loaded: "),
         (["--split", "test"], "has no split 'test', only 'train'. Choose with --split."),
         (["--benchmarks", "no.parquet"], "--benchmarks no.parquet: there is no such file"),
-        (["--max-tokens", "0"], "'0' must be a whole number of 1 or more"),
-        (["--ngram-size", "-1"], "--ngram-size -1 must be 0 or more"),
-        (["--trust-source"], "has no verdicts of its own"),
-        (["--push-to-hub", "a/b/c"], "--push-to-hub a/b/c: Repo id must be in the form"),
-        (["--public"], "--push-to-hub, which is missing"),
-        (["--no_such_flag"], "unrecognized arguments: --no-such-flag"),
-        (["--system-prompt", "Think."], "--system-prompt needs messages"),
+        (["--max_tokens", "0"], "'0' must be a whole number of 1 or more"),
+        (["--ngram_size", "-1"], "--ngram_size -1 must be 0 or more"),
+        (["--trust_source"], "has no verdicts of its own"),
+        (["--push_to_hub", "a/b/c"], "--push_to_hub a/b/c: Repo id must be in the form"),
+        (["--public"], "--push_to_hub, which is missing"),
+        (["--no-such-flag"], "unrecognized arguments: --no_such_flag"),
+        (["--system_prompt", "Think."], "--system_prompt needs messages"),
         (
-            ["--prompt-column", "q", "--demonstration-column", "completion", "--solution-column", "s"],
+            ["--prompt_column", "q", "--demonstration_column", "completion", "--solution_column", "s"],
             "has the columns prompt, completion, solution, but no q and no s: name yours",
         ),
     ],
 )
 def test_wrong_arguments_end_with_one_line(tmp_path, capsys, options, message):
     source = write(tmp_path / "d.jsonl", [{"prompt": "1?", "completion": "2", "solution": "2"}])
-    length = [] if "--tokenizer" in options else ["--no-length"]
+    length = [] if "--tokenizer" in options else ["--no_length"]
     with pytest.raises(SystemExit) as exit_:
-        main(["prepare-data", str(source), "--output-dir", str(tmp_path / "out"), *length, *options])
+        main(["prepare-data", str(source), "--output_dir", str(tmp_path / "out"), *length, *options])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
@@ -407,7 +407,7 @@ def test_wrong_arguments_end_with_one_line(tmp_path, capsys, options, message):
 
 def test_the_tokenizer_is_asked_for(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main(["prepare-data", "d.jsonl", "--output-dir", str(tmp_path)])
+        main(["prepare-data", "d.jsonl", "--output_dir", str(tmp_path)])
     assert "--tokenizer is missing" in capsys.readouterr().err
 
 
@@ -511,7 +511,7 @@ def hub(monkeypatch):
 
 def push(tmp_path, repo_id):
     write(tmp_path / "d.jsonl", [luffy("a", trace(1), "1")])
-    arguments = ["d.jsonl", "--no-length", "--output-dir", "out", "--push-to-hub", repo_id]
+    arguments = ["d.jsonl", "--no_length", "--output_dir", "out", "--push_to_hub", repo_id]
     return run("-m", "luffy_trl", "prepare-data", *arguments, cwd=tmp_path)
 
 
@@ -609,7 +609,7 @@ def test_schemas_are_recognised_by_their_columns():
 @pytest.mark.slow
 def test_the_result_trains_in_sft(tmp_path, model):
     rows = [openr1(f"What is 1 + {i}?", [trace(1 + i), trace(1 + i, "again")], str(1 + i)) for i in range(8)]
-    options = ["--max-demonstrations", 1, "--system-prompt", "Think."]
+    options = ["--max_demonstrations", 1, "--system_prompt", "Think."]
     prepare(write(tmp_path / "train.parquet", rows), tmp_path / "out", *options, tokenizer=model)
     dataset = datasets.load_dataset(str(tmp_path / "out"), split="train")
     args = SFTConfig(output_dir=str(tmp_path / "sft"), max_steps=1, use_cpu=True, bf16=False, report_to="none")

@@ -24,11 +24,11 @@ from luffy_trl.rewards import (
     choice_reward,
     format_reward,
     math_reward,
+    serving,
     verification,
     verify_math,
-    worker,
 )
-from luffy_trl.rewards.pool import Worker, default_workers
+from luffy_trl.rewards.pool import default_workers
 from luffy_trl.rewards.verification import judge_math
 
 
@@ -48,7 +48,7 @@ def fresh(monkeypatch):
     """A pool without workers, and nothing remembered."""
     monkeypatch.setattr(verification, "_verifier", verification.Verifier())
     yield verification._verifier
-    verification._verifier.close()
+    verification._verifier.pools.close()
 
 
 # Real problems
@@ -307,9 +307,9 @@ def test_the_parents_memory_stays_flat(fresh, monkeypatch):
 
 
 def test_a_worker_is_replaced_when_half_of_its_memory_is_taken_or_it_has_served_long():
-    assert not worker.is_spent(served=1, memory_limit=2**20)
-    assert worker.is_spent(served=worker.MAX_SERVED, memory_limit=2**20)
-    assert worker.is_spent(served=1, memory_limit=1)
+    assert not serving.is_spent(served=1, memory_limit=2**20)
+    assert serving.is_spent(served=serving.MAX_SERVED, memory_limit=2**20)
+    assert serving.is_spent(served=1, memory_limit=1)
 
 
 def test_workers_stay_however_large_the_parent_is(fresh):
@@ -317,7 +317,7 @@ def test_workers_stay_however_large_the_parent_is(fresh):
     pids = set()
     for answer in ("\\boxed{2}", "\\boxed{3}"):
         assert judge_math([answer], ["1"], memory_limit=256)[0].outcome == "different"
-        pids.add(fresh.pool.workers[0].process.pid)
+        pids.add(fresh.pools.pool.workers[0].process.pid)
     assert len(pids) == 1
 
 
@@ -325,11 +325,11 @@ def test_an_answer_that_was_seen_before_costs_nothing(fresh):
     reward = MathReward(timeout=1)
     completions, solution = ["</think>\\boxed{4}", f"</think>{HANGS}", "</think>\\boxed{5}"], ["4", "4", "4"]
     assert reward(completions, solution=solution) == [1, 0, 0]
-    fresh.pool.close()
+    fresh.pools.pool.close()
     assert reward(completions, solution=solution) == [1, 0, 0]
-    assert fresh.pool.workers == []  # nobody was asked
+    assert fresh.pools.pool.workers == []  # nobody was asked
     assert MathReward(timeout=2)(completions[:1], solution=["4"]) == [1]  # another limit may have another outcome
-    assert len(fresh.pool.workers) == 1
+    assert len(fresh.pools.pool.workers) == 1
 
 
 # Workers
@@ -344,7 +344,7 @@ def test_workers_killed_from_outside_cost_nothing(fresh):
 
     def kill_some():  # that have begun to work: one that never starts is another matter
         while not done.wait(0.05) and len(killed) < 2:
-            ready = [w.process for w in list(fresh.pool.workers) if w.ready and w.process.pid not in killed]
+            ready = [w.process for w in list(fresh.pools.pool.workers) if w.ready and w.process.pid not in killed]
             if ready:
                 ready[0].kill()
                 killed.append(ready[0].pid)
@@ -374,11 +374,11 @@ def test_several_threads_at_once(fresh):
     assert results == {k: [k == 0] * 20 for k in range(4)}
 
 
-def test_workers_that_cannot_start_are_an_error(fresh, monkeypatch):
-    monkeypatch.setattr(Worker, "COMMAND", [sys.executable, "-c", "raise SystemExit(3)"])
-    with pytest.raises(RuntimeError, match="Reward workers do not start \\(exit status 3\\)"):
+def test_workers_that_cannot_start_are_an_error(fresh):
+    fresh.pools.pool.module = "luffy_trl.rewards.no_such_worker"
+    with pytest.raises(RuntimeError, match="Reward workers do not start \\(exit status 1\\)"):
         verify_math(["\\boxed{1}"], ["1"])
-    assert fresh.pool.workers == []
+    assert fresh.pools.pool.workers == []
 
 
 def test_how_many_workers(monkeypatch, fresh):
@@ -389,7 +389,7 @@ def test_how_many_workers(monkeypatch, fresh):
     assert default_workers() == 1
     monkeypatch.setenv("LUFFY_TRL_REWARD_WORKERS", "3")
     verify_math(map_boxed(["1", "2", "3", "4"]), ["1"] * 4)
-    assert len(fresh.pool.workers) == 3
+    assert len(fresh.pools.pool.workers) == 3
     monkeypatch.setenv("LUFFY_TRL_REWARD_WORKERS", "none")
     with pytest.raises(ValueError, match="LUFFY_TRL_REWARD_WORKERS='none' must be a whole number"):
         verify_math(["5"], ["5"])
@@ -493,7 +493,7 @@ os.wait()
 
 
 def test_the_memory_limit_is_the_kernels():
-    code = "from luffy_trl.rewards.worker import limit_memory\nlimit_memory(512)\nbytearray(600 * 2**20)"
+    code = "from luffy_trl.rewards.serving import limit_memory\nlimit_memory(512)\nbytearray(600 * 2**20)"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert process.stderr.strip().endswith("MemoryError")
 

@@ -72,7 +72,7 @@ def test_prepare_data_names_the_row_and_keeps_the_others(tmp_path, kind, capsys)
     prompt, _ = MALFORMED[kind]
     rows = [row(messages("1 + 1?")), row(prompt), row(messages("4 - 2?"))]
     path, output = lines(tmp_path / "x.jsonl", rows), tmp_path / "out"
-    main(["prepare-data", str(path), "--output-dir", str(output), "--no-length", "--no-deduplicate"])
+    main(["prepare-data", str(path), "--output_dir", str(output), "--no_length", "--no_deduplicate"])
     kept = [r["prompt"] for r in read(output)]
     if kind in ("a text among messages", "a part without type"):  # it can be read
         assert len(kept) == 3
@@ -88,7 +88,7 @@ def test_prepare_data_names_the_row_and_keeps_the_others(tmp_path, kind, capsys)
 def test_prepare_data_refuses_a_column_of_no_prompts(tmp_path, prompt, streaming, capsys):
     path = lines(tmp_path / "x.jsonl", [row(prompt)] * 3)
     with pytest.raises(SystemExit) as stop:
-        main(["prepare-data", str(path), "--output-dir", str(tmp_path / "out"), "--no-length", *streaming])
+        main(["prepare-data", str(path), "--output_dir", str(tmp_path / "out"), "--no_length", *streaming])
     assert stop.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "x.jsonl, row 0: `prompt" in last
@@ -159,7 +159,7 @@ def test_numbers_and_texts_are_gold_answers_together(tmp_path):
     path = lines(tmp_path / "x.jsonl", [row(messages(f"{i}?"), i if i % 3 else str(i)) for i in range(8)])
     dataset = checked_rows(load_splits(str(path), "it")["train"], "it")
     assert list(dataset["solution"]) == list(map(str, range(8)))
-    main(["prepare-data", str(path), "--output-dir", str(tmp_path / "out"), "--no-length", "--no-verify"])
+    main(["prepare-data", str(path), "--output_dir", str(tmp_path / "out"), "--no_length", "--no_verify"])
     assert [r["solution"] for r in read(tmp_path / "out")] == list(map(str, range(8)))
 
 

@@ -75,7 +75,7 @@ def refused(tmp_path, capsys):
             if part is not None:
                 (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
         if command == "prepare-data":
-            argv = [command, str(data / "train.jsonl"), "--tokenizer", model, "--output-dir", str(tmp_path / "out")]
+            argv = [command, str(data / "train.jsonl"), "--tokenizer", model, "--output_dir", str(tmp_path / "out")]
         else:
             options = {"output_dir": tmp_path / "out", "model_name_or_path": model, "dataset_name": data}
             options |= SMALL_RUN if command == "train" else {"use_cpu": True, "bf16": False, "report_to": "none"}

@@ -508,6 +508,51 @@ def test_behavior_logps_reach_the_ratio(make_trainer, walks):
     assert trainer._means.take()["off_policy/ratio"] == pytest.approx(ratios.mean().item(), rel=1e-5)
 
 
+def only_the_last_of_four(completions, **columns):
+    """Which is the demonstration."""
+    return [float(i % 4 == 3) for i in range(len(completions))]
+
+
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo", "bnpo"])
+def test_push_to_pull_is_of_the_losss_own_gradient(make_trainer, walks, loss_type):
+    """What the loss does to the logit of each token that is in it, summed by sign."""
+    trainer = make_trainer(walks.select(range(2)), reward=only_the_last_of_four, loss_type=loss_type)
+    trainer.current_gradient_accumulation_steps = 1
+    output = generate_batch(trainer)
+    kept = {}
+    scores = trainer._get_per_token_logps_and_entropies
+
+    def keep_logps(*args, **kwargs):
+        logps, entropies, aux_loss = scores(*args, **kwargs)
+        kept["logps"] = logps
+        logps.retain_grad()
+        return logps, entropies, aux_loss
+
+    trainer._get_per_token_logps_and_entropies = keep_logps
+    trainer.compute_loss(trainer.model, output).backward()
+    logps = kept["logps"]
+    moves = -logps.grad * (1 - logps.exp().detach())  # (B, T), of the tokens' own logits
+    off_policy = output["off_policy_mask"]
+    rollouts = output["completion_mask"].bool() & ~off_policy
+    assert (moves[rollouts] <= 0).all()
+    expected = -moves[rollouts].sum() / moves[off_policy].sum()
+    assert trainer._means.take()["groups/push_to_pull"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_cold_start_is_warned_of(make_trainer, walks, caplog):
+    """A base of high entropy, no right rollout in 20 steps."""
+    options = {"reward": only_the_last_of_four, "max_steps": 22, "learning_rate": 1e-6}
+    for baseline in ("group", "on_policy"):
+        caplog.clear()
+        trainer = make_trainer(walks.select(range(2)), advantage_baseline=baseline, **options)
+        trainer.train()
+        warned = "No rollout has been right for a while" in caplog.text
+        assert warned is (baseline == "group")
+        pushes = [log["groups/push_to_pull"] for log in trainer.state.log_history if "groups/push_to_pull" in log]
+        assert len(pushes) == 22
+        assert all(push > 3 for push in pushes) if warned else pushes == [0.0] * 22
+
+
 def test_padding_has_no_say(make_trainer, walks):
     trainer = make_trainer(walks.select(range(2)))
     trainer.current_gradient_accumulation_steps = 1

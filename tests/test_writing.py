@@ -156,11 +156,11 @@ def test_the_command_puts_it_right_first(tmp_path, capsys):
     for name in ("complete", "lock"):
         (work / name).touch()
     with FileLock(work / "lock"), pytest.raises(SystemExit):  # while it runs, nothing
-        main(["prepare-data", str(tmp_path / "no.jsonl"), "--output-dir", str(directory), "--no-length"])
+        main(["prepare-data", str(tmp_path / "no.jsonl"), "--output_dir", str(directory), "--no_length"])
     assert not directory.exists()
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        main(["prepare-data", str(tmp_path / "no.jsonl"), "--output-dir", str(directory), "--no-length"])
+        main(["prepare-data", str(tmp_path / "no.jsonl"), "--output_dir", str(directory), "--no_length"])
     out, err = capsys.readouterr()
     assert "holds the complete dataset of a run that was killed at its end" in out
     assert "is not empty. Choose another one, or replace it with --overwrite" in err

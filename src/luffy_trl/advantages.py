@@ -140,6 +140,11 @@ class Outcome:
         """The rows whose demonstration counts, in the loss and in the baseline, `(N,)`."""
         return self.has_demonstration & self.is_open.repeat_interleave(self.solved.size(1))
 
+    @property
+    def is_cold(self) -> torch.Tensor:
+        """The rows of groups without a right rollout, `(N,)`."""
+        return (~self.solved.any(1)).repeat_interleave(self.solved.size(1))
+
     def in_baseline(self, baseline: str) -> torch.Tensor:
         """The rows whose mean reward is the baseline, `(N,)`: the "group"'s that count, or the "on_policy" ones."""
         rollouts = ~self.has_demonstration

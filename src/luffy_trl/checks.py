@@ -399,7 +399,14 @@ def unused_columns(dataset: Dataset) -> list[str]:
     ][:1]
 
 
-# What is said of a generation
+# What is said of a generation, and of many
+
+COLD_START = (
+    "No rollout has been right for a while, and the rollouts' advantages push down harder than the demonstrations' "
+    "pull up (groups/push_to_pull): a policy of some entropy forgets what it knows before it learns. Set "
+    "advantage_baseline: on_policy, which pushes nothing down where all rollouts are wrong, or begin with luffy-trl "
+    'sft. See docs/method.md, "A cold start".'
+)
 
 
 def overflow_warnings(placement: Placement, max_completion_length: int) -> list[str]:

@@ -12,6 +12,7 @@ from .hub.mixin import HubPushConfig
 from .objective import LOSS_TYPES
 from .padding.mixin import PaddingFreeConfig
 from .runs.best import choose_by_reward
+from .runs.budget import TokenBudgetConfig
 from .runs.recipe import given_fields
 from .runs.redaction import NoTokenInPickles
 from .shaping import get_shaping, register_shaping
@@ -22,7 +23,7 @@ DEMONSTRATION_LOSSES = ("importance_sampling", "sft")
 
 
 @dataclass
-class LuffyConfig(NoTokenInPickles, PaddingFreeConfig, HubPushConfig):
+class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, PaddingFreeConfig, HubPushConfig):
     """
     Configuration of [`LuffyTrainer`]: every field of [`~trl.GRPOConfig`], and the ones below.
 

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +20,9 @@ from .demonstrations.placement import Generation, Placement
 
 # Of the log of an importance ratio, for its mean to stay finite: e^20 is as telling as more
 LARGEST_LOG_RATIO = 20.0
+# Optimizer steps without any right rollout, and push for pull, that are worth a warning. A base that is sure of its
+# wrong answer is pushed by nothing, and learns within some tens of steps (docs/learning.md).
+COLD_STEPS, HARD_PUSH = 20, 3.0
 
 # name -> (sum, count): numbers, or tensors of one element
 Sums = Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]]
@@ -64,6 +68,7 @@ def token_sums(
     mask: torch.Tensor,
     off_policy_mask: torch.Tensor,
     behavior_logps: torch.Tensor | None = None,
+    gamma: float | None = None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """What the policy makes of a micro-batch's tokens.
 
@@ -72,12 +77,14 @@ def token_sums(
         mask: True on the tokens that count, `(B, T)`.
         off_policy_mask: True on those of demonstrations, `(B, T)`.
         behavior_logps: `(B, T)`; None where the behavior policy was certain.
+        gamma: of f(r) = r / (r + gamma), whose weight f'(r) r is greatest at r = gamma; None: f is another.
     """
     on_policy = mask & ~off_policy_mask  # (B, T)
     log_ratio = logps if behavior_logps is None else logps - behavior_logps  # (B, T)
     on_count, off_count = on_policy.sum(), off_policy_mask.sum()
     probs, ratio = logps.exp(), log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
-    return {
+    rare = {} if gamma is None else {"off_policy/below_gamma": (_sum(ratio < gamma, off_policy_mask), off_count)}
+    return rare | {
         "on_policy/entropy": (_sum(entropies, on_policy), on_count),
         "on_policy/prob": (_sum(probs, on_policy), on_count),
         "off_policy/entropy": (_sum(entropies, off_policy_mask), off_count),
@@ -85,6 +92,27 @@ def token_sums(
         "off_policy/ratio": (_sum(ratio, off_policy_mask), off_count),
         "off_policy/token_fraction": (off_count, on_count + off_count),
     }
+
+
+def cold_start_sums(
+    logps: torch.Tensor, pull: torch.Tensor, batch: Mapping[str, torch.Tensor], denominator: torch.Tensor
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """How much the rollouts of groups without a right one push down, for what their demonstrations pull up.
+
+    A token's logit moves by its weight on grad log pi times 1 - pi: one of which the policy is sure hardly moves.
+
+    Args:
+        logps: of the policy, `(B, T)`, in nats.
+        pull: a demonstration token's weight, without the factor of its row, `(B, T)`. A rollout's is its advantage.
+        batch: `completion_mask`, `off_policy_mask` `(B, T)`; `advantages`, `off_policy_weight`, `is_cold` `(B,)`.
+        denominator: what the loss divides a token's by, `(B, 1)`.
+    """
+    cold, off_policy = batch["is_cold"].unsqueeze(1), batch["off_policy_mask"]  # (B, 1), (B, T)
+    on_policy = batch["completion_mask"].bool() & ~off_policy  # (B, T)
+    room = (1 - logps.exp()) / denominator  # (B, T)
+    push = -batch["advantages"].unsqueeze(1).clamp(max=0.0)  # (B, 1)
+    pull = batch["off_policy_weight"].unsqueeze(1) * pull.clamp(min=0.0)  # (B, T)
+    return {"groups/push_to_pull": (_sum(push * room, on_policy & cold), _sum(pull * room, off_policy & cold))}
 
 
 def _sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -137,6 +165,28 @@ def group_metrics(outcome: Outcome) -> dict[str, float]:
     }
     numbers = zip(values, torch.stack(list(values.values())).tolist(), strict=True)
     return {name: number for name, number in numbers if not math.isnan(number)}
+
+
+@dataclass
+class ColdStart:
+    """Whether a run goes on without a right rollout while its rollouts are pushed down harder than it is led up.
+
+    Attributes:
+        since: the optimizer step after which no rollout has been right.
+    """
+
+    since: int = 0
+
+    def look(self, step: int, solve_none: float, push_to_pull: float) -> bool:
+        """Whether that has lasted long enough to be said, after the optimizer step `step`.
+
+        Args:
+            solve_none: share of the groups without a right rollout.
+            push_to_pull: of `cold_start_sums`, 0 where nothing pulls.
+        """
+        if solve_none < 1:
+            self.since = step
+        return push_to_pull > HARD_PUSH and step - self.since >= COLD_STEPS
 
 
 class Stopwatch:

@@ -22,6 +22,7 @@ from trl import GRPOTrainer
 
 from .advantages import Outcome, credit, credit_each, deciding_reward, total_rewards
 from .checks import (
+    COLD_START,
     check_against_model,
     check_eos,
     check_options,
@@ -44,11 +45,12 @@ from .demonstrations.placement import (
 from .demonstrations.schedules import prefix_ratio, weight_factor
 from .demonstrations.sources import DemonstrationSource, NoSource, open_source, remember_solved
 from .hub.mixin import HubPushMixin
-from .metrics import Means, Stopwatch, group_metrics, length_sums, source_sums, token_sums
+from .metrics import ColdStart, Means, Stopwatch, cold_start_sums, group_metrics, length_sums, source_sums, token_sums
 from .objective import demonstration_term, hide_demonstrations, off_policy_loss, token_denominator
 from .padding.mixin import PaddingFreeMixin
 from .rewards.checked import checked
 from .runs.best import BestByRewardMixin
+from .runs.budget import TokenBudgetMixin
 from .runs.evaluations import EvaluationSetsMixin
 from .runs.mixin import WholeCheckpointMixin
 from .runs.stopping import bound_waiting
@@ -74,7 +76,9 @@ LUFFY_PAPER = {
 }
 
 
-class LuffyTrainer(PaddingFreeMixin, EvaluationSetsMixin, BestByRewardMixin, WholeCheckpointMixin, HubPushMixin):
+class LuffyTrainer(
+    PaddingFreeMixin, EvaluationSetsMixin, BestByRewardMixin, WholeCheckpointMixin, TokenBudgetMixin, HubPushMixin
+):
     """
     GRPO with demonstrations in each group (LUFFY, arXiv 2504.14945). With `num_demonstrations=0` it is `GRPOTrainer`.
 
@@ -103,6 +107,7 @@ class LuffyTrainer(PaddingFreeMixin, EvaluationSetsMixin, BestByRewardMixin, Who
     | --- | --- | --- | --- |
     | `off_policy_mask` | (B, T) bool | True on a demonstration's tokens. (TRL has a method's local of that name, which is True on tokens to keep.) | the loss, metrics |
     | `off_policy_weight` | (B,) | factor on the demonstrations' loss: weight, schedule and gate | the loss |
+    | `is_cold` | (B,) bool | True in groups without a right rollout | metrics |
     | `behavior_logps` | (B, T) | log-probs of who wrote them, 0 where unknown; only where a source gives any | the loss, metrics |
     | `row_to_remember` | (B,) | the dataset's row of a solved rollout, else -1; only with replay | `remember_solved` |
 
@@ -161,7 +166,7 @@ class LuffyTrainer(PaddingFreeMixin, EvaluationSetsMixin, BestByRewardMixin, Who
         for message in messages + check_against_model(*reader, bound.arguments, args):
             logger.warning(message)
         self._means = Means(partial(self.accelerator.reduce, reduction="sum"), self.accelerator.device)
-        self._stopwatch = Stopwatch()
+        self._stopwatch, self._cold_start = Stopwatch(), ColdStart()
         self._source: DemonstrationSource = NoSource()
         if self.num_demonstrations > 0:
             check_eos(self._tokenizer)
@@ -195,6 +200,7 @@ class LuffyTrainer(PaddingFreeMixin, EvaluationSetsMixin, BestByRewardMixin, Who
             output["off_policy_mask"] = off_policy_mask(lengths, mask)
             factor = weight_factor(args.demonstration_weight_schedule, self._progress())
             output["off_policy_weight"] = self._own(outcome.counts) * (args.demonstration_weight * factor)
+            output["is_cold"] = self._own(outcome.is_cold)
             if args.advantage_baseline == "on_policy" or args.success_gate is not None:
                 output["advantages"] = self._credited(output["advantages"], per_func, outcome, is_continued)
             if self._source.gives_logps:
@@ -303,7 +309,7 @@ class LuffyTrainer(PaddingFreeMixin, EvaluationSetsMixin, BestByRewardMixin, Who
             with self._keeping_forward() as forward:
                 loss = super()._compute_loss(model, inputs)
             logps, entropies = forward  # (B, T)
-            self._log_tokens(logps, entropies, inputs, {})
+            self._log_tokens(logps.detach(), entropies.detach(), inputs, {})
             return loss
 
         mask, off_policy = inputs["completion_mask"].bool(), inputs["off_policy_mask"]  # (B, T)
@@ -311,9 +317,12 @@ class LuffyTrainer(PaddingFreeMixin, EvaluationSetsMixin, BestByRewardMixin, Who
         with self._keeping_forward() as forward, self._at_one(inputs):
             loss = super()._compute_loss(model, hide_demonstrations(inputs, seen, whole))
         logps, entropies = forward  # (B, T)
-        per_token_loss = self._demonstration_loss(logps.masked_fill(~off_policy, 0.0), inputs)  # (B, T)
+        shown = logps.masked_fill(~off_policy, 0.0)  # (B, T)
+        per_token_loss = self._demonstration_loss(shown, inputs)  # (B, T)
         term = demonstration_term(per_token_loss, off_policy, inputs["off_policy_weight"], whole)
-        self._log_tokens(logps, entropies, inputs, {"off_policy/loss": (term.detach(), 1.0)})
+        [gradient] = torch.autograd.grad(per_token_loss.sum(), shown, retain_graph=True)  # (B, T), of these alone
+        sums = cold_start_sums(logps.detach(), -gradient, inputs, whole)
+        self._log_tokens(logps.detach(), entropies.detach(), inputs, sums | {"off_policy/loss": (term.detach(), 1.0)})
         if self._source.uses_rollouts:
             remember_solved(self._source, inputs, logps.detach(), entropies.detach())
         return loss + term / self.current_gradient_accumulation_steps
@@ -376,12 +385,16 @@ class LuffyTrainer(PaddingFreeMixin, EvaluationSetsMixin, BestByRewardMixin, Who
             mask = mask & inputs["tool_mask"].bool()
         off_policy = inputs.get("off_policy_mask", torch.zeros_like(mask))
         behavior = inputs.get("behavior_logps")
-        self._means.add(sums | token_sums(logps.detach(), entropies.detach(), mask, off_policy, behavior))
+        gamma = self.args.shaping_gamma if self.args.shaping == "regularized" else None
+        self._means.add(sums | token_sums(logps, entropies, mask, off_policy, behavior, gamma))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
             metrics = self._metrics["train"]
             means = self._means.take()
+            unsolved = metrics.get("groups/solve_none", [0.0])
+            if self._cold_start.look(self.state.global_step, min(unsolved), means.get("groups/push_to_pull", 0.0)):
+                logger.warning_once(COLD_START)
             if steps := len(metrics.get("step_time", [])):  # TRL adds one for each optimizer step
                 means |= self._stopwatch.take(steps)
             metrics.update({name: [value] for name, value in means.items()})

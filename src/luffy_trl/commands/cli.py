@@ -5,6 +5,7 @@ import atexit
 import difflib
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -21,11 +22,13 @@ COMMANDS = {
     "prepare-model": ("prepare_model", "main", "extend a model's window, and give it a chat template"),
     "prepare-data": ("prepare_data", "main", "filter a dataset, and write it as the trainer reads it"),
     "eval": ("eval", "main", "evaluate a model on the paper's benchmarks, with lm-eval"),
+    "compare": ("compare", "main", "train and evaluate several methods on the same data, one table at the end"),
     "report": ("report", "main", "write one page of curves and completions from runs' output"),
     "demo": ("cli", "demo", "compare GRPO, LUFFY and SFT on the embedded task, on a CPU"),
 }
 
 
+FLAG = re.compile(r"--[A-Za-z][\w-]*")
 # What a shell reports for a process that Ctrl-C ended
 INTERRUPTED_STATUS = 130
 
@@ -41,7 +44,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         commands.add_parser(name, help=summary, add_help=False)
     command = parser.parse_args(argv[:1]).command
     module, function, _ = COMMANDS[command]
-    getattr(import_module(f"{__package__}.{module}"), function)(argv[1:], f"luffy-trl {command}")
+    getattr(import_module(f"{__package__}.{module}"), function)(underscored(argv[1:]), f"luffy-trl {command}")
+
+
+def underscored(argv: Sequence[str]) -> list[str]:
+    """Arguments with the names of flags as help and messages show them: --some-flag is --some_flag. Values stay."""
+    flags = argv[: argv.index("--")] if "--" in argv else argv
+    shown = []
+    for argument in flags:
+        name, equals, value = argument.partition("=")
+        shown.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if FLAG.fullmatch(name) else argument)
+    return [*shown, *argv[len(flags) :]]
 
 
 def demo(argv: Sequence[str], prog: str) -> None:
@@ -149,6 +162,8 @@ def _parse(argv: list[str], prog: str, summary: str, config_class: type, check: 
         description=f"{summary} Flags override the recipe; --help lists every field.",
         allow_abbrev=False,
     )
+    for action in parser._actions:  # the other spelling is understood, and not shown
+        action.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
     if argv[-1:] == ["--config"]:
         parser.error("--config needs a file: --config recipes/letter_walk.yaml")
     # Before the config is built, whose first complaint would be about something else

@@ -4,11 +4,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from ..evaluation import EvaluationError
 from ..evaluation.templates import FROM_DATA, OWN, TEMPLATES
 from ..rewards.completions import THOUGHT_MODES
 
+
+if TYPE_CHECKING:
+    from ..evaluation.run import Evaluation
 
 # The paper's sampling
 TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.6, 1.0, 8192
@@ -19,7 +23,14 @@ THOUGHT_HELP = (
     "always all of it (unused; default: optional)"
 )
 
-DESCRIPTION = "Evaluate a model on the paper's benchmarks: six of mathematics, three out of distribution."
+DESCRIPTION = (
+    "Evaluate a model on the paper's benchmarks, six of mathematics and three out of distribution, or on problems of "
+    "your own."
+)
+# Of one kind of problems alone: (flags, what they are of)
+BENCHMARK_FLAGS, PROBLEM_FLAGS = ("tasks", "data_files", "thought"), (
+    "dataset_config", "dataset_split", "reward_funcs", "reward_weights", "solved_reward", "solved_threshold",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "luffy-trl eval") -> None:
@@ -27,9 +38,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "luffy-trl eval") -> Non
     args = parser.parse_args(argv)
     try:
         check(args)
-        from ..evaluation.run import Evaluation
-
-        evaluation = Evaluation(args)
+        evaluation = _evaluation(args)
         try:
             print(evaluation.run())
         except KeyboardInterrupt:
@@ -42,8 +51,26 @@ def main(argv: Sequence[str] | None = None, prog: str = "luffy-trl eval") -> Non
         sys.exit("\nInterrupted before any sample was made.")
 
 
+def _evaluation(args: argparse.Namespace) -> "Evaluation":
+    """Everything a user can get wrong is checked here, but for what needs the loaded model."""
+    from ..evaluation.loading import model_arguments
+    from ..evaluation.run import Evaluation
+
+    model_args = model_arguments(args)
+    if args.dataset_name is None:
+        from ..evaluation.benchmarks import Benchmarks
+
+        return Evaluation(args, model_args, Benchmarks(args))
+    from .own_problems import load_own_problems
+
+    return Evaluation(args, model_args, load_own_problems(args, model_args))
+
+
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    usage = f"{prog} --model MODEL --output_dir DIR [--tasks NAME ...] [--data_files FILE ...] [--FLAG VALUE ...]"
+    usage = (
+        f"{prog} --model MODEL --output_dir DIR [--tasks NAME ...] [--data_files FILE ...] "
+        "[--dataset_name DATA --reward_funcs NAME ...] [--FLAG VALUE ...]"
+    )
     parser = argparse.ArgumentParser(prog=prog, usage=usage, description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, help="Hub id or local directory")
@@ -55,8 +82,14 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add = data.add_argument
     add("--tasks", nargs="+", metavar="NAME", help="tasks or groups (default: both groups, or what the files hold)")
     add("--data_files", nargs="+", metavar="FILE", help="read problems from local files in the original code's schema")
-    add("--limit", type=int, metavar="N", help="only the first N problems of each task")
-    add("--n_samples", type=int, metavar="K", help="samples a problem where the paper has avg@32 (default: 32)")
+    add("--thought", choices=THOUGHT_MODES, help=THOUGHT_HELP)
+
+    _add_own_problems(parser)
+    amount = parser.add_argument_group("how much")
+    add = amount.add_argument
+    add("--limit", type=int, metavar="N", help="only the first N problems of each set")
+    add("--n_samples", type=int, metavar="K",
+        help="samples a problem: of your own (default: 1), or where the paper has avg@32 (default: 32)")  # fmt: skip
 
     prompt = parser.add_argument_group("prompt and sampling")
     add = prompt.add_argument
@@ -66,7 +99,6 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add("--top_p", type=float, default=TOP_P, help=f"default: {TOP_P}")
     add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help=f"default: {MAX_NEW_TOKENS}")
     add("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    add("--thought", choices=THOUGHT_MODES, default="optional", help=THOUGHT_HELP)
 
     backend = parser.add_argument_group("back end")
     add = backend.add_argument
@@ -86,6 +118,22 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_own_problems(parser: argparse.ArgumentParser) -> None:
+    own = parser.add_argument_group("problems of your own, in the columns that train.py reads")
+    add = own.add_argument
+    add(
+        "--dataset_name",
+        metavar="DATA",
+        help="a file, a directory or a Hub id, or letter_walk, the embedded task under --seed",
+    )
+    add("--dataset_config", metavar="NAME", help="configuration of a Hub dataset that has several")
+    add("--dataset_split", metavar="NAME", help="default: test, or the only one")
+    add("--reward_funcs", nargs="+", metavar="NAME", help="of train.py, or dotted paths; each gets a column")
+    add("--reward_weights", nargs="+", type=float, metavar="W", help="of each in the total (default: 1)")
+    add("--solved_reward", metavar="NAME", help="which of them says what is solved, or total (default: as train.py)")
+    add("--solved_threshold", type=float, metavar="X", help="from what value of it on (default: 1)")
+
+
 def check(args: argparse.Namespace) -> None:
     """What can be said without loading anything.
 
@@ -94,6 +142,7 @@ def check(args: argparse.Namespace) -> None:
     """
     if find_spec("lm_eval") is None:
         raise EvaluationError("it needs lm-evaluation-harness: pip install 'luffy_trl[eval]'.")
+    _check_kind_of_problems(args)
     if args.backend == "vllm" and find_spec("vllm") is None:
         raise EvaluationError("--backend vllm needs vLLM: pip install 'luffy_trl[vllm]'.")
     for flag in ("limit", "n_samples", "max_new_tokens", "chunk_size", "tensor_parallel_size"):
@@ -120,5 +169,18 @@ def check(args: argparse.Namespace) -> None:
         raise EvaluationError(
             f"--system_prompt cannot be combined with --template {args.template}, which is complete."
         )
+    if args.system_prompt == FROM_DATA and args.dataset_name:
+        raise EvaluationError("--system_prompt data: the system messages of --dataset_name are always used.")
     if args.system_prompt == FROM_DATA and not args.data_files:
         raise EvaluationError("--system_prompt data needs --data_files, whose prompts have a system message.")
+
+
+def _check_kind_of_problems(args: argparse.Namespace) -> None:
+    own = args.dataset_name is not None
+    says = "is about the benchmarks, and cannot be combined with --dataset_name"
+    if not own:
+        says = "needs --dataset_name, the problems of your own"
+    for flag in BENCHMARK_FLAGS if own else PROBLEM_FLAGS:
+        if getattr(args, flag) is not None:
+            raise EvaluationError(f"--{flag} {says}.")
+    args.thought = args.thought or "optional"

@@ -31,6 +31,8 @@ from ..runs.lock import alone_in
 from ..runs.manifest import CannotResumeError
 from ..runs.mixin import WholeCheckpointMixin
 from ..runs.stopping import RunStopped, StopAtStep
+from ..tasks.gym import is_gym_task
+from ..tasks.gym_reward import reasoning_gym_reward
 from ..tasks.letter_walk import letter_walk_reward, split_walks, to_dataset
 from ..tasks.letter_walk_base import load_or_pretrain
 from .adapters import refuse_adapter
@@ -51,6 +53,7 @@ REWARD_FUNCS: dict[str, Callable] = {
     "reasoning_accuracy_reward": reasoning_accuracy_reward,
     "think_format_reward": think_format_reward,
     "letter_walk_reward": letter_walk_reward,
+    "reasoning_gym_reward": reasoning_gym_reward,
 }
 
 
@@ -66,7 +69,8 @@ class LuffyScriptArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "Hub id, a local .parquet, .arrow, .json, .jsonl, .csv or .tsv file, a directory (of such files, "
-            "or from prepare-data or save_to_disk), or 'letter_walk', the embedded task. The columns of "
+            "or from prepare-data or save_to_disk), 'reasoning_gym:TASK,OPTION=VALUE,...', or 'letter_walk', the "
+            "embedded task. The columns of "
             "Elliott/Openr1-Math-46k-8192 and open-r1/OpenR1-Math-220k are recognised. Default: the embedded task, if "
             "no model is given either."
         },
@@ -76,8 +80,9 @@ class LuffyScriptArguments(ScriptArguments):
         metadata={
             "help": "One or more reward functions, summed: 'math_reward', 'math_reward_optional_thought' (without the "
             "need of a '</think>'), 'choice_reward', 'format_reward', 'accuracy_reward', 'reasoning_accuracy_reward', "
-            "'think_format_reward' (TRL's), 'letter_walk_reward', or a dotted path such as my_rewards.my_function, "
-            "found from the working directory. Needed for every dataset but the embedded one."
+            "'think_format_reward' (TRL's), 'letter_walk_reward', 'reasoning_gym_reward', or a dotted path such as "
+            "my_rewards.my_function, found from the working directory. Needed for every dataset but the embedded one "
+            "and reasoning-gym's."
         },
     )
 
@@ -305,12 +310,12 @@ def load_reward_funcs(names: list[str] | None, dataset_name: str) -> list[Callab
         ValueError: naming the one that cannot be found.
     """
     if not names:
-        if dataset_name != EMBEDDED_TASK:
+        if dataset_name != EMBEDDED_TASK and not is_gym_task(dataset_name):
             raise ValueError(
                 f"--reward_funcs is missing. Give one or more of {', '.join(REWARD_FUNCS)}, or a dotted path to a "
                 "function of your own."
             )
-        names = ["letter_walk_reward"]
+        names = ["letter_walk_reward" if dataset_name == EMBEDDED_TASK else "reasoning_gym_reward"]
     known = ", ".join(REWARD_FUNCS)
     functions = [
         named_function(
@@ -371,8 +376,17 @@ def load_eval_split(
     return load_split(splits, split, name)
 
 
-def load_split(splits: Mapping[str, Dataset | IterableDataset], split: str, name: str) -> Dataset | IterableDataset:
-    """One split, in the columns of the data contract, its prompts and gold answers checked."""
+def load_split(
+    splits: Mapping[str, Dataset | IterableDataset],
+    split: str,
+    name: str,
+    options: str = "--dataset_train_split and --dataset_test_split",
+) -> Dataset | IterableDataset:
+    """One split, in the columns of the data contract, its prompts and gold answers checked.
+
+    Args:
+        options: with which another split is chosen.
+    """
     where = f"--dataset_name {name}"
-    dataset = choose_split(splits, split, where, "--dataset_train_split and --dataset_test_split")
+    dataset = choose_split(splits, split, where, options)
     return checked_rows(to_contract(dataset, where), f"{where}, split {split!r}" if len(splits) > 1 else where)

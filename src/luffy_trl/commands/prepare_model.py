@@ -2,7 +2,7 @@
 
 The paper's base, Qwen2.5-Math, has a window of 4,096 tokens and no habit of thinking. It was given a larger rope theta
 and window, and a chat template that ends each prompt inside a thought. Nothing of that touches the weights: the files
-are copied as they are, and the configuration and the tokenizer are written anew.
+are copied as they are, and the configuration and the tokenizer are written anew. A GGUF file is unpacked before.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -23,6 +24,7 @@ from ..demonstrations.agreement import LOOKED_AT, OPENING, disagreements, turn_e
 from ..demonstrations.encoding import rendered_prompt
 from ..reporting.tables_and_curves import text_table
 from .adapters import refuse_adapter
+from .gguf import gguf_path, unpack
 
 
 # Pickled weights are left behind: they can execute anything
@@ -115,17 +117,36 @@ def prepare_model(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     if output_dir.exists():
         raise ValueError(f"--output_dir {output_dir} exists. Choose another, or remove it.")
-    refuse_adapter(f"--model_name_or_path {args.model_name_or_path}", args.model_name_or_path, args.revision)
-    config = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.revision)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.revision)
-    changed = extend_context(config, args.rope_theta, args.max_position_embeddings)
+    packed = gguf_path(args.model_name_or_path, args.gguf_file, args.revision)
+    if packed is None:
+        if args.dtype:
+            raise ValueError(f"--dtype {args.dtype} is of a GGUF file: other weights are copied as they are.")
+        refuse_adapter(f"--model_name_or_path {args.model_name_or_path}", args.model_name_or_path, args.revision)
+        _prepare(args, output_dir, args.model_name_or_path, args.revision, {})
+        return
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-unpacked-") as directory:
+        changed = unpack(packed, Path(directory), getattr(torch, args.dtype or "float32"))
+        _prepare(args, output_dir, directory, None, changed)
+
+
+def _prepare(
+    args: argparse.Namespace, output_dir: Path, model: str, revision: str | None, changed: dict[str, tuple]
+) -> None:
+    """
+    Args:
+        changed: what was changed before, {what: (before, after)}.
+    """
+    config = AutoConfig.from_pretrained(model, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+    changed |= extend_context(config, args.rope_theta, args.max_position_embeddings)
     template = args.template or ("own" if tokenizer.chat_template else "chatml")
     tokenizer.chat_template = chat_template(tokenizer, template, args.system_prompt, args.think)
     end = args.eos_token or ("<|im_end|>" if template == "chatml" else tokenizer.eos_token)
     if end not in tokenizer.get_vocab():
         raise ValueError(f"--eos_token {end!r} is no token of this tokenizer.")
     changed["eos_token"] = (tokenizer.eos_token, end)
-    source = _weights(args.model_name_or_path, args.revision)
+    source = _weights(model, revision)
 
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as directory:
@@ -199,7 +220,13 @@ def main(argv: Sequence[str], prog: str) -> None:
         prog=prog,
         description="Extend a model's window and give it a chat template, as the paper did. Weights are not touched.",
     )
-    parser.add_argument("--model_name_or_path", required=True, help="a model of the Hub, or its directory")
+    parser.add_argument("--model_name_or_path", required=True, help="of the Hub, a directory, or a .gguf file")
+    parser.add_argument(
+        "--gguf_file", metavar="NAME", help="unpack this file of the model, so that it can be trained (default: none)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of a GGUF file's weights (default: float32)"
+    )
     parser.add_argument("--revision", help="of the model, a branch, tag or commit (default: main)")
     parser.add_argument("--output_dir", required=True, help="where to save it; must not exist")
     parser.add_argument("--rope_theta", type=float, help="the paper's: 40000, from 10000 (default: unchanged)")

@@ -8,6 +8,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from ..demonstrations.encoding import demonstration_text
 from ..runs.best import check_metric
+from ..runs.budget import TokenBudgetConfig, TokenBudgetMixin
 from ..runs.mixin import WholeCheckpointMixin
 from ..runs.redaction import NoTokenInPickles
 from .inputs import (
@@ -41,7 +42,7 @@ LOGGED_BY_SFT = (
 
 
 @dataclass
-class LuffySFTConfig(NoTokenInPickles, SFTConfig):
+class LuffySFTConfig(NoTokenInPickles, TokenBudgetConfig, SFTConfig):
     """SFTConfig that cuts nothing unless it is told to."""
 
     max_length: int | None = field(
@@ -91,7 +92,7 @@ def as_in(prompt: str | list, text: str) -> str | list:
     return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
 
 
-class WholeSFTTrainer(WholeCheckpointMixin, SFTTrainer):
+class WholeSFTTrainer(WholeCheckpointMixin, TokenBudgetMixin, SFTTrainer):
     """SFTTrainer with checkpoints that are whole or not there."""
 
     _takes_unlisted = True  # as SFTTrainer itself writes them

@@ -63,7 +63,8 @@ class Tally:
         self.read.update(rows=1, demonstrations=len(candidates))
         self.demonstrations.update(c["lost"] or reason for c in candidates if c["lost"] or reason)
         if reason is None:
-            self.kept.update(rows=1, demonstrations=sum(c["lost"] is None for c in candidates))
+            left = sum(c["lost"] is None for c in candidates)
+            self.kept.update(rows=1, demonstrations=left, bare=left == 0)
         else:
             self.rows[reason] += 1
 
@@ -78,7 +79,10 @@ class Tally:
                     lines.append([reason, "-", f"{self.demonstrations[reason]:,}"])
             else:
                 lines.append([reason, f"{self.rows[reason]:,}", f"{self.demonstrations[reason]:,}"])
-        return [*lines, ["kept", f"{self.kept['rows']:,}", f"{self.kept['demonstrations']:,}"]]
+        lines.append(["kept", f"{self.kept['rows']:,}", f"{self.kept['demonstrations']:,}"])
+        if self.kept["bare"]:
+            lines.append(["kept without a demonstration", f"{self.kept['bare']:,}", "-"])
+        return lines
 
     def malformed(self) -> list[str]:
         """A sentence on the first row of each kind that should not be there at all."""
@@ -96,6 +100,7 @@ class Finisher:
         max_demonstrations: of each prompt; the first ones are kept. None: all.
         several: whether rows have `demonstrations` or one `completion`.
         dropped: where each dropped row is noted, one JSON object a line.
+        keep_bare: keep rows without a demonstration, or with none left: `rest` has them, after all others.
     """
 
     verify: str | None
@@ -105,13 +110,26 @@ class Finisher:
     conversational: bool
     several: bool
     dropped: TextIO
+    keep_bare: bool = False
     tally: Tally = field(default_factory=Tally)
     seen: dict[bytes, int] = field(default_factory=dict)  # problem -> the row that stays
+    bare: list[dict[str, Any]] = field(default_factory=list)  # rows without a demonstration, to be settled last
 
     def __call__(self, batch: dict[str, list]) -> list[dict[str, Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         # Their texts are judged together: the worker processes have something to do
         self._verify([row for row in rows if row["reason"] is None])
+        if self.keep_bare:
+            # Of two copies of a problem the one with a demonstration is to stay
+            self.bare += [row for row in rows if row["reason"] is None and not _left(row)]
+            rows = [row for row in rows if row["reason"] is not None or _left(row)]
+        return self._settled(rows)
+
+    def rest(self) -> list[dict[str, Any]]:
+        """The rows without a demonstration, once all others are settled."""
+        return self._settled(self.bare)
+
+    def _settled(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows:
             self._settle(row)
         return [self._kept(row) for row in rows if row["reason"] is None]
@@ -134,13 +152,22 @@ class Finisher:
                     _lose(candidate, GOLD_UNREADABLE, f"Math-Verify finds no answer in {gold[:200]!r}")
                 elif not verdict.equal:
                     _lose(candidate, UNVERIFIED, f"{verdict.outcome}: {verdict.answer!r}, gold {gold[:200]!r}")
+            if self.keep_bare:
+                self._verify_golds([row for row in rows if not _left(row)])
+
+    def _verify_golds(self, rows: list[dict[str, Any]]) -> None:
+        """What no response can be compared with is nothing to train on, with a demonstration or without."""
+        verdicts = judge_math([""] * len(rows), [row["solution"] for row in rows])
+        for row, verdict in zip(rows, verdicts, strict=True):
+            if verdict.equal is None:
+                row["reason"] = GOLD_UNREADABLE
+                row["detail"] = f"Math-Verify finds no answer in {row['solution'][:200]!r}"
 
     def _settle(self, row: dict[str, Any]) -> None:
         if row["reason"] is None:
             row["reason"], row["detail"] = self._reason(row)
         if row["reason"] is None:
-            left = [c for c in row["candidates"] if c["lost"] is None]
-            for candidate in left[self.max_demonstrations :] if self.max_demonstrations else []:
+            for candidate in _left(row)[self.max_demonstrations :] if self.max_demonstrations else []:
                 _lose(candidate, SURPLUS, None)
         else:
             note = {name: row[name] for name in ("row", "id", "reason", "detail")}
@@ -149,9 +176,9 @@ class Finisher:
 
     def _reason(self, row: dict[str, Any]) -> tuple[str | None, str | None]:
         """Why a row that passed screening is dropped, if it is."""
-        if not row["candidates"]:
+        if not row["candidates"] and not self.keep_bare:
             return NO_DEMONSTRATION, None
-        if all(candidate["lost"] for candidate in row["candidates"]):
+        if not _left(row) and not self.keep_bare:
             last = max(row["candidates"], key=lambda candidate: REASONS.index(candidate["lost"]))
             return last["lost"], last["detail"]
         if self.deduplicate:
@@ -161,9 +188,14 @@ class Finisher:
         return None, None
 
     def _kept(self, row: dict[str, Any]) -> dict[str, Any]:
-        candidates = [Candidate(c["text"]) for c in row["candidates"] if c["lost"] is None]
+        candidates = [Candidate(c["text"]) for c in _left(row)]
         example = Example(row["prompt"], row["solution"], candidates, row["source"], row["id"])
         return contract_row(example, self.conversational, self.several)
+
+
+def _left(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The demonstrations that are not lost."""
+    return [candidate for candidate in row["candidates"] if candidate["lost"] is None]
 
 
 def _lose(candidate: dict[str, Any], reason: str, detail: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Datasets from where users keep them: the Hub, a file, a directory."""
+"""Datasets from where users keep them: the Hub, a file, a directory; or made on the spot by reasoning-gym."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +11,8 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
+from ..tasks.gym import is_gym_task
+from ..tasks.gym_splits import gym_splits
 from .builder import FilesBuilder
 from .directories import has_rules_of_its_own, split_files
 from .files import CELLS, TYPED, ending, expected_endings, looks_like_a_file
@@ -24,7 +26,7 @@ READER_VERSION = 1
 def check_file(name: str, where: str) -> None:
     """Raises ValueError if `name` is meant as a file, and is none, or none that is read."""
     path = Path(name)
-    if path.is_dir():
+    if path.is_dir() or is_gym_task(name):
         return
     if not path.exists() and looks_like_a_file(name):
         raise ValueError(f"{where}: there is no such file.")
@@ -47,7 +49,7 @@ def reading(where: str) -> Iterator[None]:
 def load_splits(
     name: str, where: str, config: str | None = None, streaming: bool = False, only_split: str = "train"
 ) -> Mapping[str, Dataset | IterableDataset]:
-    """All splits of a file, a directory (of files, or written by `save_to_disk`) or a Hub dataset.
+    """All splits of a file, a directory (of files, or from `save_to_disk`), a reasoning-gym task or a Hub dataset.
 
     Args:
         where: what to call the dataset in messages, such as "--dataset_name data.jsonl".
@@ -61,6 +63,8 @@ def load_splits(
         OSError: for a dataset that cannot be found or reached.
     """
     check_file(name, where)
+    if is_gym_task(name):
+        return gym_splits(name)
     path = Path(name)
     if config is not None and path.exists():
         raise ValueError(f"{where} is not on the Hub, so it has no configuration {config!r} to choose.")

@@ -27,10 +27,12 @@ from .contract import contract_features
 from .finishing import CONTAMINATED, DUPLICATE, GOLD_UNREADABLE, TOO_LONG, UNVERIFIED, Finisher, Tally
 from .loading import batches, choose_split, first_rows, load_splits
 from .publishing import dataset_card, look_up
+from .recognition import check_prompts_at_head, is_conversational, schema_of
 from .rows import with_text_answers
-from .schemas import BAD_PROMPT, Schema, UnusableRowError, own_columns, recognise
+from .schemas import NO_DEMONSTRATION, PUBLISHED, Schema, user_text
 from .screening import Screener, screened_features
-from .writing import DROPPED_FILE, ParquetShards, all_or_nothing
+from .splitting import Split, split_problems
+from .writing import DROPPED_FILE, ParquetShards, all_or_nothing, kept_rows, write_splits
 
 
 # Rows. A trace of 8,192 tokens is about 30 kB, and OpenR1 has up to four a row.
@@ -49,11 +51,11 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> None:
         OSError: for what cannot be read or written.
     """
     dataset, head = _read(args)
-    schema = _schema(args, list(head[0]), head)
-    _check_head(args, schema, head)
+    schema = schema_of(args, list(head[0]), head)
+    check_prompts_at_head(args, schema, head)
     if isinstance(dataset, Dataset):
         dataset = with_text_answers(dataset, schema.gold_column, args.source, missing_if_bad=True)
-    conversational = _is_conversational(args, schema, head)
+    conversational = is_conversational(args, schema, head)
     features = contract_features(conversational, several=schema.several and args.max_demonstrations != 1)
     print(f"{args.source}: {schema.name} -> {', '.join(features)}", flush=True)
     screener = Screener(
@@ -66,8 +68,14 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> None:
     screener.check_head(head, args.source)
     with all_or_nothing(args.output_dir) as result:
         screened = _screen(dataset, screener, list(head[0]), _processes(args, dataset), result.parent)
-        tally = _finish(args, screened, schema, conversational, features, result)
-        table = tally.table(_not_checked(args))
+        kept = result / "data" if args.test_size is None else result.parent / "kept"
+        tally = _finish(args, screened, schema, conversational, features, result / DROPPED_FILE, kept)
+        table, split = tally.table(_not_checked(args)), None
+        if args.test_size is not None and tally.kept["rows"] == 0:
+            kept.rename(result / "data")
+        elif args.test_size is not None:
+            split = _split(args, kept, result / "data", features)
+            table += split.table()
         load = args.push_to_hub or args.output_dir.name
         card = dataset_card(args.output_dir.name, load, look_up(args.source), list(features), table, argv)
         card.save(result / "README.md")
@@ -77,10 +85,15 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> None:
         print(sentence[0].upper() + sentence[1:])
     if tally.kept["rows"] == 0:
         print(f"Nothing was kept: the reasons are above, and those of each row in {DROPPED_FILE}.")
+    if split is not None:
+        print(split.says())
     print(f"Dataset, card and {DROPPED_FILE}: {args.output_dir}", flush=True)
     if tally.kept["rows"] > 0:
         reward = "math_reward" if _thought(args, schema) == "required" else "math_reward_optional_thought"
-        print(f"Train on it with: train.py --dataset_name {args.output_dir} --reward_funcs {reward} ...", flush=True)
+        data = f"--dataset_name {args.output_dir} --reward_funcs {reward} ..."
+        print(f"Train on it with: train.py {data}", flush=True)
+        if split is not None:
+            print(f"Evaluate on it with: luffy-trl eval {data}", flush=True)
 
 
 def _read(args: argparse.Namespace) -> tuple[Dataset | IterableDataset, list[dict[str, Any]]]:
@@ -92,57 +105,6 @@ def _read(args: argparse.Namespace) -> tuple[Dataset | IterableDataset, list[dic
     elif args.max_rows:
         dataset = dataset.select(range(min(args.max_rows, len(dataset))))
     return dataset, first_rows(dataset, 100, args.source)
-
-
-def _schema(args: argparse.Namespace, columns: list[str], head: list[dict]) -> Schema:
-    schema = None if args.prompt_column else recognise(columns)
-    if schema is None:
-        prompt, solution = args.prompt_column or "prompt", args.solution_column or "solution"
-        contract = "demonstrations" if "demonstrations" in columns else "completion"
-        demonstration = args.demonstration_column or contract
-        several = any(_is_list_of_several(row.get(demonstration)) for row in head)
-        schema = own_columns(prompt, demonstration, solution, several)
-    missing = [column for column in schema.columns if column not in columns]
-    if missing:
-        raise ValueError(
-            f"{args.source} has the columns {', '.join(columns)}, but no {' and no '.join(missing)}: name yours with "
-            "--prompt-column, --demonstration-column and --solution-column."
-        )
-    if args.trust_source and not schema.has_verdicts:
-        raise ValueError(f"--trust-source: {args.source} has no verdicts of its own on its demonstrations.")
-    return schema
-
-
-def _check_head(args: argparse.Namespace, schema: Schema, head: list[dict]) -> None:
-    """Raises ValueError if no prompt at the beginning can be used: then it is the column, not a row."""
-    first = None
-    for row in head:
-        try:
-            schema.convert(row)
-            return
-        except UnusableRowError as error:
-            if error.reason != BAD_PROMPT:
-                return
-            first = first or error
-    raise ValueError(
-        f"{args.source}, row 0: {first}; none of its first {len(head)} rows has a prompt that can be used. Mend them, "
-        "or name the columns with --prompt-column, --demonstration-column and --solution-column."
-    )
-
-
-def _is_list_of_several(value: Any) -> bool:
-    """Whether a demonstration column's value is a list of demonstrations, and not the messages of one."""
-    return isinstance(value, list) and any(not isinstance(item, dict) for item in value)
-
-
-def _is_conversational(args: argparse.Namespace, schema: Schema, head: list[dict]) -> bool:
-    if schema.conversational is not None or args.conversational:
-        return True
-    prompts = [row.get(schema.columns[0]) for row in head]
-    messages = next((isinstance(prompt, list) for prompt in prompts if isinstance(prompt, list | str)), False)
-    if args.system_prompt and not messages:
-        raise ValueError("--system-prompt needs messages, and these prompts are texts: add --conversational.")
-    return messages
 
 
 def _encoder(args: argparse.Namespace) -> DemonstrationEncoder:
@@ -210,7 +172,7 @@ class _LeavesCtrlC:
 
 def _thought(args: argparse.Namespace, schema: Schema) -> Thought:
     """Which part of a demonstration is judged."""
-    return args.thought or ("optional" if schema.conversational is None else "required")
+    return args.thought or ("required" if schema in PUBLISHED else "optional")
 
 
 def _finish(
@@ -219,14 +181,15 @@ def _finish(
     schema: Schema,
     conversational: bool,
     features: Features,
-    result: Path,
+    dropped_file: Path,
+    kept: Path,
 ) -> Tally:
     """Verify, deduplicate, count and write, batch by batch."""
     verify = None if args.no_verify else "source" if args.trust_source else "answers"
     total = None if isinstance(screened, IterableDataset) else len(screened)
     with (
-        open(result / DROPPED_FILE, "w", encoding="utf-8") as dropped,
-        ParquetShards(result / "data", features) as shards,
+        open(dropped_file, "w", encoding="utf-8") as dropped,
+        ParquetShards(kept, features) as shards,
         tqdm(total=total, unit=" rows", desc="Finishing") as progress,
     ):
         finish = Finisher(
@@ -237,19 +200,30 @@ def _finish(
             conversational,
             "demonstrations" in features,
             dropped,
+            args.keep_without_demonstration,
         )
         for batch in batches(screened, FINISHED_AT_ONCE, args.source):
             shards.write(finish(batch))
             progress.update(len(batch["row"]))
+        shards.write(finish.rest())
     return finish.tally
+
+
+def _split(args: argparse.Namespace, kept: Path, directory: Path, features: Features) -> Split:
+    """The rows that were kept, as two splits in the directory."""
+    problems = (user_text(row["prompt"]) for rows in kept_rows(kept, ["prompt"]) for row in rows)
+    split = split_problems(problems, args.test_size, args.seed, args.ngram_size)
+    write_splits(kept, directory, features, split.test)
+    return split
 
 
 def _not_checked(args: argparse.Namespace) -> dict[str, str]:
     off = {
         CONTAMINATED: not args.benchmarks and "no --benchmarks",
-        TOO_LONG: args.no_length and "--no-length",
-        GOLD_UNREADABLE: (args.no_verify and "--no-verify") or (args.trust_source and "--trust-source"),
-        UNVERIFIED: args.no_verify and "--no-verify",
-        DUPLICATE: args.no_deduplicate and "--no-deduplicate",
+        TOO_LONG: args.no_length and "--no_length",
+        GOLD_UNREADABLE: (args.no_verify and "--no_verify") or (args.trust_source and "--trust_source"),
+        NO_DEMONSTRATION: args.keep_without_demonstration and "--keep_without_demonstration",
+        UNVERIFIED: args.no_verify and "--no_verify",
+        DUPLICATE: args.no_deduplicate and "--no_deduplicate",
     }
     return {reason: option for reason, option in off.items() if option}

@@ -10,6 +10,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from ..runs.recipe import shown_command
 from ..runs.redaction import known_secrets
+from ..tasks.gym import is_gym_task
 
 
 VERSIONS_OF = ("luffy_trl", "math-verify", "transformers", "datasets")
@@ -75,8 +76,8 @@ class Source:
 
 
 def look_up(name: str) -> Source:
-    """What the Hub says of a dataset. A file, or a Hub that cannot be reached, says nothing."""
-    if Path(name).exists():
+    """What the Hub says of a dataset. A file, a task, or a Hub that cannot be reached, says nothing."""
+    if Path(name).exists() or is_gym_task(name):
         return Source(name)
     try:
         info = HfApi().dataset_info(name, timeout=20)

@@ -34,7 +34,7 @@ def checked_rows(dataset: Dataset | IterableDataset, where: str) -> Dataset | It
     if columns and "prompt" not in columns:
         raise ValueError(
             f"{where} has no column `prompt`, only {', '.join(columns)}: rename yours, or convert the dataset with "
-            "luffy-trl prepare-data --prompt-column."
+            "luffy-trl prepare-data --prompt_column."
         )
     if isinstance(dataset, Dataset):
         if len(dataset) == 0:

@@ -85,27 +85,29 @@ def recognise(columns: Iterable[str]) -> Schema | None:
     return next((schema for schema in PUBLISHED if set(schema.columns) <= set(columns)), None)
 
 
-def own_columns(prompt: str, demonstration: str, solution: str, several: bool) -> Schema:
-    """The schema of a dataset with one column each for prompt, demonstration (or several) and gold answer."""
+def own_columns(
+    prompt: str, demonstration: str | None, solution: str, several: bool, conversational: bool | None = None
+) -> Schema:
+    """The schema of a dataset with one column each for prompt, demonstration (or several, or none) and gold answer."""
     convert = OwnColumns(prompt, demonstration, solution, several)
-    columns = (prompt, demonstration, solution)
-    return Schema("your columns", columns, solution, convert, conversational=None, several=several)
+    columns = tuple(column for column in (prompt, demonstration, solution) if column is not None)
+    return Schema("your columns", columns, solution, convert, conversational, several)
 
 
 @dataclass(frozen=True)
 class OwnColumns:
     prompt: str
-    demonstration: str
+    demonstration: str | None
     solution: str
     several: bool
 
     def __call__(self, row: dict[str, Any]) -> Example:
-        value = row.get(self.demonstration)
+        value = None if self.demonstration is None else row.get(self.demonstration)
         values = [] if value is None else value if self.several else [value]
         return Example(
             prompt=_prompt(row.get(self.prompt), self.prompt),
             solution=_gold(row.get(self.solution), self.solution),
-            candidates=_candidates(values, self.demonstration, named=self.several),
+            candidates=_candidates(values, str(self.demonstration), named=self.several),
             source=_label(row.get("source")),
             id=_label(row.get("id")),
         )

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,20 @@ from filelock import FileLock, Timeout
 
 
 DROPPED_FILE = "dropped.jsonl"
-OWN_FILES = re.compile(rf"README\.md|{re.escape(DROPPED_FILE)}|data|data/train-\d{{5,}}\.parquet")
+OWN_FILES = re.compile(rf"README\.md|{re.escape(DROPPED_FILE)}|data|data/(train|test)-\d{{5,}}\.parquet")
 # Of text in memory; about a third of it on disk. Many readers, and the Hub's viewer, take whole files.
 SHARD_BYTES = 1_000_000_000
+COPIED_AT_ONCE = 500
 
 
 def check_output(directory: Path, overwrite: bool) -> None:
     """Raises ValueError if the output cannot go there, or something stands there that must not be replaced."""
     if directory.is_file():
-        raise ValueError(f"--output-dir {directory} is a file; give a directory.")
+        raise ValueError(f"--output_dir {directory} is a file; give a directory.")
     real = directory.resolve()
     if Path.cwd().is_relative_to(real) or os.path.ismount(real):
         raise ValueError(
-            f"--output-dir {directory} is a mount point, or the working directory is in it: it cannot be replaced as "
+            f"--output_dir {directory} is a mount point, or the working directory is in it: it cannot be replaced as "
             "a whole. Give a directory inside it."
         )
     if not directory.is_dir() or not any(directory.iterdir()):
@@ -37,16 +38,16 @@ def check_output(directory: Path, overwrite: bool) -> None:
     foreign = next((path for path in directory.rglob("*") if not _is_own(path.relative_to(directory))), None)
     if foreign is not None:
         raise ValueError(
-            f"--output-dir {directory} holds {foreign.relative_to(directory)}, which prepare-data did not write: it "
+            f"--output_dir {directory} holds {foreign.relative_to(directory)}, which prepare-data did not write: it "
             "is not replaced, even with --overwrite. Choose another one."
         )
     if not (directory / DROPPED_FILE).is_file():
         raise ValueError(
-            f"--output-dir {directory} is not empty, and without {DROPPED_FILE} it is not known to be prepare-data's: "
+            f"--output_dir {directory} is not empty, and without {DROPPED_FILE} it is not known to be prepare-data's: "
             "it is not replaced, even with --overwrite. Choose another one."
         )
     if not overwrite:
-        raise ValueError(f"--output-dir {directory} is not empty. Choose another one, or replace it with --overwrite.")
+        raise ValueError(f"--output_dir {directory} is not empty. Choose another one, or replace it with --overwrite.")
 
 
 def _is_own(path: Path) -> bool:
@@ -136,17 +137,18 @@ class ParquetShards:
 
     Args:
         features: of the rows; `load_dataset` finds them again.
+        split: "train" or "test".
     """
 
-    def __init__(self, directory: Path, features: Features):
-        self.directory = directory
+    def __init__(self, directory: Path, features: Features, split: str = "train"):
+        self.directory, self.split = directory, split
         self.schema = features.arrow_schema
         self.shards = 0
         self._writer: pq.ParquetWriter | None = None
         self._bytes = 0
 
     def __enter__(self) -> "ParquetShards":
-        self.directory.mkdir()
+        self.directory.mkdir(exist_ok=True)
         self._open()  # a dataset of no rows has a file too
         return self
 
@@ -167,5 +169,23 @@ class ParquetShards:
     def _open(self) -> None:
         if self._writer is not None:
             self._writer.close()
-        self._writer = pq.ParquetWriter(self.directory / f"train-{self.shards:05d}.parquet", self.schema)
+        self._writer = pq.ParquetWriter(self.directory / f"{self.split}-{self.shards:05d}.parquet", self.schema)
         self.shards, self._bytes = self.shards + 1, 0
+
+
+def kept_rows(directory: Path, columns: list[str] | None = None) -> Iterator[list[dict[str, Any]]]:
+    """The rows of all shards in a directory, some at a time."""
+    for path in sorted(directory.glob("*.parquet")):
+        for batch in pq.ParquetFile(path).iter_batches(COPIED_AT_ONCE, columns=columns):
+            yield batch.to_pylist()
+
+
+def write_splits(kept: Path, directory: Path, features: Features, test: Set[int]) -> None:
+    """The rows of `kept` as two splits in `directory`: those whose numbers are in `test`, and the others."""
+    row = 0
+    with ParquetShards(directory, features) as train_split, ParquetShards(directory, features, "test") as test_split:
+        for rows in kept_rows(kept):
+            numbered = list(enumerate(rows, row))
+            train_split.write([values for number, values in numbered if number not in test])
+            test_split.write([values for number, values in numbered if number in test])
+            row += len(rows)

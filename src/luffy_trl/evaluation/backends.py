@@ -53,6 +53,7 @@ class ReportsLengths(TemplateLM):
     """
 
     backend_name: str
+    add_bos_token: bool | None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -67,6 +68,11 @@ class ReportsLengths(TemplateLM):
         No two samples of a run may be drawn from the same random numbers: neither two repeats, nor one made before a
         restart and one after it.
         """
+
+    def take_rendered_prompts(self) -> None:
+        """Prompts come with their special tokens, as a chat template writes them: none is added."""
+        if self.add_bos_token is None:
+            self.add_bos_token = False
 
     def sample(self, requests: Sequence[Request], seed: int) -> list[Response]:
         """Generate in one call of lm-eval's back end."""

@@ -120,19 +120,21 @@ def configure(
     max_new_tokens: int,
     process_results: Callable[[Mapping[str, Any], list], dict[str, float]],
 ) -> None:
-    """Set what the command line decides. A temperature of 0 is greedy."""
-    generation = dict(task.config.generation_kwargs or {}) | {
-        "temperature": temperature,
-        "max_gen_toks": max_new_tokens,
-    }
-    if temperature > 0:
-        generation |= {"do_sample": True, "top_p": top_p}
-    else:
-        generation = {name: value for name, value in generation.items() if name not in ("top_p", "top_k")}
-        generation["do_sample"] = False
+    """Set what the command line decides."""
+    generation = generation_arguments(dict(task.config.generation_kwargs or {}), temperature, top_p, max_new_tokens)
     task.set_config("repeats", repeats)
     task.set_config("generation_kwargs", generation)
     task.set_config("process_results", process_results)
+
+
+def generation_arguments(
+    given: Mapping[str, Any], temperature: float, top_p: float, max_new_tokens: int
+) -> dict[str, Any]:
+    """lm-eval's generation arguments with what the command line decides. A temperature of 0 is greedy."""
+    generation = {**given, "temperature": temperature, "max_gen_toks": max_new_tokens}
+    if temperature > 0:
+        return generation | {"do_sample": True, "top_p": top_p}
+    return {name: value for name, value in generation.items() if name not in ("top_p", "top_k")} | {"do_sample": False}
 
 
 def _make_benchmark(name: str, config: Mapping[str, Any]) -> Benchmark:

@@ -7,7 +7,8 @@ import torch
 from lm_eval.utils import simple_parse_args_string
 
 from . import EvaluationError
-from .backends import ADAPTER_ARGUMENTS, ReportsLengths, load_backend
+from .backends import ADAPTER_ARGUMENTS, ReportsLengths, adapter_arguments, load_backend
+from .model_files import check_model
 from .templates import OWN
 
 
@@ -44,6 +45,17 @@ def parse_model_args(args: argparse.Namespace) -> dict[str, Any]:
     return model_args
 
 
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """lm-eval's arguments of the model, beside those that have flags of their own.
+
+    Raises:
+        EvaluationError: if there is no such model or adapter, or an argument cannot be used.
+    """
+    model_args = parse_model_args(args)
+    check_model(args.model, model_args)
+    return model_args | (adapter_arguments(args.backend, args.adapter) if args.adapter else {})
+
+
 def kept_arguments(model_args: dict[str, Any]) -> dict[str, str]:
     """Those of `--model_args` on which samples depend."""
     return {name: str(value) for name, value in sorted(model_args.items()) if name not in SPEED_ARGUMENTS}
@@ -70,7 +82,7 @@ def load_model(args: argparse.Namespace, model_args: dict[str, Any]) -> ReportsL
         raise EvaluationError(
             f"--model {args.model} could not be loaded by lm-eval's {args.backend}: {reason}"
         ) from error
-    if args.template == OWN and not backend.tokenizer.chat_template:
+    if args.dataset_name is None and args.template == OWN and not backend.tokenizer.chat_template:
         raise EvaluationError(
             f"{args.model} has no chat template: choose --template plain, qwen_math or r1_zero, or add one with "
             "luffy-trl prepare-model."

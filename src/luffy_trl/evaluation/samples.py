@@ -7,53 +7,20 @@
 lm-eval's own response cache does not serve here: it does not keep sampled responses, and pickles the others.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from . import EvaluationError
+from .lines import LONGEST_LINE, Sample, is_half_written, line_of, sample_of, shown
 
 
 RUN_FILE = "run.json"
-# Bytes of the longest line that is read, and of run.json: a response of a million tokens has some ten million
-LONGEST_LINE = 1 << 26
-# What each line begins with, as `_line` writes it
-LINE_START = b'{"task": "'
-# Of what a message shows of a damaged file, so many characters
-SHOWN = 200
-
-
-@dataclass
-class Sample:
-    """One response. `tokens` counts its end-of-sequence token; `truncated`: it reached max_new_tokens instead."""
-
-    task: str
-    doc_id: int
-    repeat: int
-    prompt_hash: str
-    response: str
-    tokens: int
-    truncated: bool
-    # Known once scored
-    problem: str | None = None
-    gold: str | None = None
-    answer: str | None = None  # what was taken for it; stays None where there is none
-    score: float | None = None
-
-    @property
-    def key(self) -> tuple[str, int, int]:
-        return self.task, self.doc_id, self.repeat
-
-
-def prompt_hash(prompt: str) -> str:
-    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 class SampleStore:
@@ -107,7 +74,7 @@ class SampleStore:
             self.samples[sample.key] = sample
         for task, of_task in by_task.items():
             with self._writing(), open(self._path(task), "a", encoding="utf-8") as file:
-                file.write("".join(map(_line, of_task)))
+                file.write("".join(map(line_of, of_task)))
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -116,7 +83,7 @@ class SampleStore:
         of_task = sorted((s for s in self.samples.values() if s.task == task), key=lambda sample: sample.key)
         temporary = self._path(task).with_suffix(".tmp")
         with self._writing():
-            temporary.write_text("".join(map(_line, of_task)), encoding="utf-8")
+            temporary.write_text("".join(map(line_of, of_task)), encoding="utf-8")
             os.replace(temporary, self._path(task))
 
     def _path(self, task: str) -> Path:
@@ -130,9 +97,9 @@ class SampleStore:
             # No more than a line at a time: a file of another program may be one line without an end
             for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
                 try:
-                    sample = _sample(line, path.stem)
+                    sample = sample_of(line, path.stem)
                 except (ValueError, RecursionError) as error:
-                    if isinstance(error, json.JSONDecodeError) and _is_half_written(
+                    if isinstance(error, json.JSONDecodeError) and is_half_written(
                         line
                     ):  # a kill in the middle of a write: generated again
                         self.half_written += 1
@@ -194,60 +161,11 @@ def _manifest(path: Path) -> dict[str, Any]:
     return kept
 
 
-def _sample(line: bytes, task: str) -> Sample:
-    """The sample that a line of a task's file holds. Raises ValueError or RecursionError if it is none."""
-    if len(line) == LONGEST_LINE:
-        raise ValueError(f"it has {LONGEST_LINE} bytes and more")
-    values = json.loads(line.decode())
-    if not isinstance(values, dict):
-        raise ValueError(f"it is {_shown(values)}, expected an object")
-    known = {field.name: field for field in fields(Sample)}
-    if missing := [name for name, field in known.items() if field.default is MISSING and name not in values]:
-        raise ValueError(f"it has no `{missing[0]}`")
-    for name, value in values.items():
-        if name not in known:
-            raise ValueError(f"it has {_shown(name)}, which no sample has")
-        if not _is_of(known[name].type, value):
-            raise ValueError(f"`{name}` is {_shown(value)}, expected {EXPECTED[known[name].type]}")
-    if values["task"] != task:
-        raise ValueError(f"`task` is {_shown(values['task'])}, in the file of {task!r}")
-    return Sample(**values)
-
-
-EXPECTED: dict[Any, str] = {
-    str: "a text", int: "a whole number, 0 or more", bool: "true or false", str | None: "a text",
-    float | None: "a number",
-}  # fmt: skip
-
-
-def _is_of(kind: Any, value: Any) -> bool:
-    if kind is int:
-        return type(value) is int and value >= 0
-    return isinstance(value, kind) or (kind == float | None and type(value) is int)
-
-
-def _is_half_written(line: bytes) -> bool:
-    """Whether a line without an end is the beginning of a sample, or what a loss of power has left of it."""
-    written = line.rstrip(b"\0")
-    return not line.endswith(b"\n") and len(line) < LONGEST_LINE and written.startswith(LINE_START[: len(written)])
-
-
 def _differences(kept: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     different = [
-        f"{name} {_shown(kept.get(name))} instead of {value!r}"
+        f"{name} {shown(kept.get(name))} instead of {value!r}"
         for name, value in settings.items()
         if name != "data" and kept.get(name) != value
     ]
     changed = [task for task, value in settings["data"].items() if kept["data"].get(task, value) != value]
     return different + [f"other problems for {task}" for task in changed]
-
-
-def _shown(value: Any) -> str:
-    """On one line, and cut: nobody knows what stands in a damaged file."""
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
-
-def _line(sample: Sample) -> str:
-    # ensure_ascii: no response can hold a line break of its own, nor a lone surrogate that cannot be written
-    return json.dumps({name: value for name, value in asdict(sample).items() if value is not None}) + "\n"

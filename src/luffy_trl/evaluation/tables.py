@@ -1,23 +1,27 @@
-"""From kept samples to the paper's tables: means, standard errors, comparison."""
+"""From kept samples to tables: means, and standard errors."""
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
-from typing import Any
-
-import yaml
+from dataclasses import dataclass, field
 
 from ..reporting.tables_and_curves import text_table
 from . import EvaluationError
-from .samples import Sample
+from .lines import Sample
 
 
-RESULTS = "results.json"
-PAPER = "paper"
+LEGEND = "Scores in percent, ± one standard error over problems."
+
+Table = tuple[list[str], list[list[str]]]  # header and cells
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Of the problems' means, with the error between problems; None where there is nothing to take it of."""
+
+    mean: float | None
+    stderr: float | None
+    not_applicable: int = 0  # samples without a value
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,11 @@ class Summary:
     problems: int
     samples: int  # per problem
     truncated: float
-    unanswered: float
+    unanswered: float | None  # None where no reward function says what it took for the answer
     tokens: float  # mean length of a response
+    # Of a user's own problems: each reward function's, and the samples for which the deciding one gave nothing
+    rewards: Mapping[str, Mean] = field(default_factory=dict)
+    ungraded: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class ModelRow:
     stderrs: Mapping[str, float]
 
 
-def summarize(samples: Sequence[Sample]) -> Summary:
+def mean_over_problems(values: Sequence[tuple[int, float | None]]) -> Mean:
     """
     Mean over problems of each problem's mean over its samples, and the standard error of that mean.
 
@@ -51,24 +58,49 @@ def summarize(samples: Sequence[Sample]) -> Summary:
     part of it.
 
     Args:
-        samples: scored, as many for each problem.
+        values: each with its problem; None where there is no value, which is counted and not averaged.
     """
     by_problem: dict[int, list[float]] = defaultdict(list)
-    for sample in samples:
-        assert sample.score is not None
-        by_problem[sample.doc_id].append(sample.score)
-    means = [sum(scores) / len(scores) for scores in by_problem.values()]
+    for problem, value in values:
+        if value is not None:
+            by_problem[problem].append(value)
+    means = [sum(of_problem) / len(of_problem) for of_problem in by_problem.values()]
     n = len(means)
-    score = sum(means) / n
-    variance = sum((mean - score) ** 2 for mean in means) / (n - 1) if n > 1 else None
+    missing = sum(value is None for _, value in values)
+    if n == 0:
+        return Mean(None, None, missing)
+    mean = sum(means) / n
+    variance = sum((of_problem - mean) ** 2 for of_problem in means) / (n - 1) if n > 1 else None
+    return Mean(mean, None if variance is None else math.sqrt(variance / n), missing)
+
+
+def summarize(samples: Sequence[Sample]) -> Summary:
+    """
+    Args:
+        samples: scored, as many for each problem.
+
+    Raises:
+        EvaluationError: if no sample has a score.
+    """
+    scores = mean_over_problems([(sample.doc_id, sample.score) for sample in samples])
+    if scores.mean is None:
+        raise EvaluationError(
+            f"none of the {len(samples)} responses has a score: the reward that decides gave None for all, as it does "
+            "for gold answers that it cannot read. All samples are kept; the same command grades them anew."
+        )
+    problems = len({sample.doc_id for sample in samples})
+    rewards = list(samples[0].rewards or {})
+    said_nothing = bool(rewards) and all(sample.answer is None for sample in samples)
     return Summary(
-        score=score,
-        stderr=None if variance is None else math.sqrt(variance / n),
-        problems=n,
-        samples=len(samples) // n,
+        score=scores.mean,
+        stderr=scores.stderr,
+        problems=problems,
+        samples=len(samples) // problems,
         truncated=sum(sample.truncated for sample in samples) / len(samples),
-        unanswered=sum(sample.answer is None for sample in samples) / len(samples),
+        unanswered=None if said_nothing else sum(not sample.answer for sample in samples) / len(samples),
         tokens=sum(sample.tokens for sample in samples) / len(samples),
+        rewards={r: mean_over_problems([(s.doc_id, (s.rewards or {})[r]) for s in samples]) for r in rewards},
+        ungraded=scores.not_applicable,
     )
 
 
@@ -87,61 +119,12 @@ def row(name: str, summaries: Mapping[str, Summary], groups: Mapping[str, Sequen
     return ModelRow(name, scores, stderrs)
 
 
-# Comparison
-
-
-def paper_rows() -> list[ModelRow]:
-    published = yaml.safe_load((files("luffy_trl") / "evaluation" / "paper.yaml").read_text())
-    return [
-        ModelRow(name, {f"luffy_{task}": score for task, score in scores.items()} | published["averages"][name], {})
-        for name, scores in published["rows"].items()
-    ]
-
-
-def compared_rows(sources: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[ModelRow]:
-    """
-    Args:
-        sources: "paper", or output directories of other evaluations.
-
-    Raises:
-        EvaluationError: for a directory without results, or with another program's.
-    """
-    rows: list[ModelRow] = []
-    for source in sources:
-        if source == PAPER:
-            rows += paper_rows()
-            continue
-        path = Path(source) / RESULTS
-        if not path.is_file():
-            raise EvaluationError(
-                f"--compare {source}: there is no {RESULTS} in it; an evaluation writes it at its end."
-            )
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-            summaries = {task: _summary(fields) for task, fields in results["tasks"].items()}
-            rows.append(row(f"{' '.join(results['name'].split())} ({source})", summaries, groups))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise EvaluationError(
-                f"--compare {source}: its {RESULTS} is not, or no longer, as luffy-trl eval writes it. Give an "
-                "--output_dir of that command."
-            ) from error
-    return rows
-
-
-def _summary(fields: Mapping[str, Any]) -> Summary:
-    """Raises TypeError if they are not a summary's."""
-    summary = Summary(**fields)
-    if not all(isinstance(value, int | float) for name, value in fields.items() if (name, value) != ("stderr", None)):
-        raise TypeError("a summary's fields are numbers")
-    return summary
-
-
 # Output
 
 
 def score_table(
     title: str, rows: Sequence[ModelRow], tasks: Sequence[str], group: str, labels: Mapping[str, str]
-) -> tuple[list[str], list[list[str]]]:
+) -> Table:
     """Header and cells of one group's table: rows that have none of its benchmarks are left out."""
     columns = [*tasks, group]
     header = [title, *(labels[task] for task in tasks), "Avg."]
@@ -149,7 +132,26 @@ def score_table(
     return header, cells
 
 
-def response_table(summaries: Mapping[str, Summary], labels: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
+def own_table(label: str, summaries: Mapping[str, Summary]) -> Table:
+    """Models side by side on a user's own problems: the share solved, and each reward's mean.
+
+    Args:
+        label: of the problems.
+        summaries: a model's name -> its results.
+    """
+    rewards = list(dict.fromkeys(reward for summary in summaries.values() for reward in summary.rewards))
+    cells = [
+        [
+            name,
+            _with_error(Mean(100 * s.score, None if s.stderr is None else 100 * s.stderr), 1),
+            *(_with_error(s.rewards.get(reward, Mean(None, None)), 3) for reward in rewards),
+        ]
+        for name, s in summaries.items()
+    ]
+    return [label, "solved", *rewards], cells
+
+
+def response_table(summaries: Mapping[str, Summary], labels: Mapping[str, str]) -> Table:
     header = ["Responses", "problems", "samples each", "truncated", "no answer", "mean tokens"]
     cells = [
         [
@@ -157,7 +159,7 @@ def response_table(summaries: Mapping[str, Summary], labels: Mapping[str, str]) 
             str(s.problems),
             str(s.samples),
             _percent(s.truncated),
-            _percent(s.unanswered),
+            "-" if s.unanswered is None else _percent(s.unanswered),
             f"{s.tokens:.0f}",
         ]
         for task, s in summaries.items()
@@ -165,12 +167,27 @@ def response_table(summaries: Mapping[str, Summary], labels: Mapping[str, str]) 
     return header, cells
 
 
+def ungraded_notes(summaries: Mapping[str, Summary]) -> list[str]:
+    """A sentence on each reward that did not apply to some responses."""
+    notes = [
+        f"Note: {reward} gave nothing (None) for {mean.not_applicable} responses of {name}: they are not in its mean."
+        for name, summary in summaries.items()
+        for reward, mean in summary.rewards.items()
+        if mean.not_applicable
+    ]
+    return notes + [
+        f"Note: {summary.ungraded} responses of {name} are neither solved nor not, and left out of the share solved."
+        for name, summary in summaries.items()
+        if summary.ungraded
+    ]
+
+
 def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def render(tables: Sequence[tuple[list[str], list[list[str]]]], notes: Sequence[str], markdown: bool) -> str:
+def render(tables: Sequence[Table], notes: Sequence[str], markdown: bool) -> str:
     table = markdown_table if markdown else text_table
     return "\n\n".join(
         [*(table(header, cells) for header, cells in tables), ("  \n" if markdown else "\n").join(notes)]
@@ -182,7 +199,11 @@ def _percent(value: float) -> str:
 
 
 def _cell(r: ModelRow, column: str) -> str:
-    if column not in r.scores:
+    return _with_error(Mean(r.scores.get(column), r.stderrs.get(column)), 1)
+
+
+def _with_error(value: Mean, digits: int) -> str:
+    if value.mean is None:
         return "-"
-    error = f" ± {r.stderrs[column]:.1f}" if column in r.stderrs else ""
-    return f"{r.scores[column]:.1f}{error}"
+    error = "" if value.stderr is None else f" ± {value.stderr:.{digits}f}"
+    return f"{value.mean:.{digits}f}{error}"

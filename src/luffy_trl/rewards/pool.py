@@ -6,15 +6,17 @@ methods import the user's script again, which a script without `if __name__ == "
 worker is a program of its own, and the two speak JSON lines over pipes: nothing is unpickled.
 """
 
+import atexit
 import json
 import os
 import selectors
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
 
@@ -24,6 +26,7 @@ PATIENCE = (
     60.0  # seconds beyond the time limit until a silent worker is taken for stuck: it was stopped, or cannot start
 )
 MAX_FAILED_STARTS = 3
+MAX_POOLS = 4  # calls from different threads that are worked on at once
 IN_HAND = 2  # requests given to a worker: it goes on with the second while this process is busy or waits for a core
 
 
@@ -47,15 +50,15 @@ def default_workers() -> int:
 class Worker:
     """One process, and the numbers of the requests that it has, the one it works on first."""
 
-    COMMAND = [sys.executable, "-P", "-m", "luffy_trl.rewards.worker"]
-
-    def __init__(self):
+    def __init__(self, module: str):
+        self.command = [sys.executable, "-P", "-m", module]
         search_path = os.pathsep.join(path or os.getcwd() for path in sys.path)  # it finds what this process finds
         self.process = subprocess.Popen(
-            self.COMMAND,
+            self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": search_path},
+            # What is made from a seed is the same in every worker
+            env=os.environ | {"PYTHONPATH": search_path, "PYTHONHASHSEED": "0"},
             start_new_session=True,  # Ctrl-C is for the trainer, which ends its workers
         )
         self.requests = cast(IO[bytes], self.process.stdin)
@@ -92,9 +95,14 @@ class Worker:
 
 
 class WorkerPool:
-    """Workers that start when first needed and stay for the next call. For one thread at a time."""
+    """Workers that start when first needed and stay for the next call. For one thread at a time.
 
-    def __init__(self):
+    Args:
+        module: the program of a worker, which calls [`~luffy_trl.rewards.serving.serve`].
+    """
+
+    def __init__(self, module: str):
+        self.module = module
         self.workers: list[Worker] = []
 
     def run(self, requests: Sequence[dict[str, Any]], size: int) -> list[dict[str, Any]]:
@@ -127,6 +135,46 @@ class WorkerPool:
             self.workers.pop().close_pipes()
 
 
+class Pools:
+    """The pools of this process. A call has one to itself, so that a request that hangs holds up no other thread; one
+    stays for the next call, others while there is room."""
+
+    def __init__(self, module: str):
+        self.module = module
+        self.pool = WorkerPool(module)
+        self.forget_threads()
+        atexit.register(self.close)
+        os.register_at_fork(after_in_child=self.after_fork)
+
+    def forget_threads(self) -> None:
+        self.lock = threading.Lock()  # of what follows; never held while workers work
+        self.idle = [self.pool]
+        self.in_use: list[WorkerPool] = []
+        self.room = threading.BoundedSemaphore(MAX_POOLS)
+
+    @contextmanager
+    def borrowed(self) -> Iterator[WorkerPool]:
+        with self.room:
+            with self.lock:
+                pool = self.idle.pop() if self.idle else WorkerPool(self.module)
+                self.in_use.append(pool)
+            try:
+                yield pool
+            finally:
+                with self.lock:
+                    self.in_use.remove(pool)
+                    self.idle.insert(0 if pool is not self.pool else len(self.idle), pool)
+
+    def close(self) -> None:
+        for pool in [*self.idle, *self.in_use]:
+            pool.close()
+
+    def after_fork(self) -> None:
+        for pool in [*self.idle, *self.in_use]:
+            pool.abandon()
+        self.forget_threads()  # of which this process has none of those that held locks and pools
+
+
 class _Batch:
     """The requests of one call on their way through the workers."""
 
@@ -153,7 +201,7 @@ class _Batch:
         return [self.verdicts[i] for i in range(len(self.requests))]
 
     def start(self) -> None:
-        worker = Worker()
+        worker = Worker(self.pool.module)
         self.pool.workers.append(worker)
         self.selector.register(worker, selectors.EVENT_READ)
 
@@ -193,7 +241,7 @@ class _Batch:
             self.failed_starts += 1
             if self.failed_starts == MAX_FAILED_STARTS:
                 raise RuntimeError(
-                    f"Reward workers do not start (exit status {status}): `{' '.join(worker.COMMAND)}` must work in "
+                    f"Reward workers do not start (exit status {status}): `{' '.join(worker.command)}` must work in "
                     "this environment. What they said is above."
                 )
         if culprit is not None:

@@ -1,23 +1,20 @@
 """Whether answers equal their gold answers: Math-Verify in worker processes with hard limits, and a cache."""
 
-import atexit
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 from .answers import read_gold
 from .completions import LONGEST_ANSWER
-from .pool import WorkerPool, default_workers
+from .pool import Pools, default_workers
 
 
 CACHE_SIZE = 100_000  # verdicts
 DEFAULT_TIMEOUT = 10.0  # seconds
 DEFAULT_MEMORY_LIMIT = 1024  # MiB
-MAX_POOLS = 4  # calls from different threads that are worked on at once
 MIN_MEMORY_LIMIT = 256  # MiB; Math-Verify alone takes about 60
 
 
@@ -101,22 +98,16 @@ def check_limits(timeout: float, memory_limit: int, workers: int | None) -> None
 
 
 class Verifier:
-    """The worker pools of this process, and their verdicts.
-
-    A call has a pool to itself, so that an answer that hangs holds up no other thread; one pool stays for the next
-    call, others while there is room.
-    """
+    """Verdicts, new ones from the worker pools of this process, others as they are remembered."""
 
     def __init__(self):
-        self.pool = WorkerPool()
+        self.pools = Pools("luffy_trl.rewards.worker")
         self.cache: OrderedDict[bytes, Verdict] = OrderedDict()
         self.forget_threads()
+        os.register_at_fork(after_in_child=self.forget_threads)
 
     def forget_threads(self) -> None:
-        self.lock = threading.Lock()  # of what follows, and of the cache; never held while workers work
-        self.idle = [self.pool]
-        self.in_use: list[WorkerPool] = []
-        self.room = threading.BoundedSemaphore(MAX_POOLS)
+        self.lock = threading.Lock()  # of the cache; never held while workers work
 
     def judge(self, requests: list[dict], workers: int) -> list[Verdict]:
         keys = [blake2b(repr(request).encode(), digest_size=16).digest() for request in requests]
@@ -137,26 +128,9 @@ class Verifier:
             elif not request["answer"].strip():
                 verdicts[key] = GOLD_NOT_PARSED if read_gold(request["gold"]) is None else NO_ANSWER
         hard = [key for key in requests if key not in verdicts]
-        with self.borrowed_pool() as pool:
+        with self.pools.borrowed() as pool:
             replies = pool.run([requests[key] for key in hard], workers)
         return verdicts | {key: Verdict(**reply) for key, reply in zip(hard, replies, strict=True)}
-
-    @contextmanager
-    def borrowed_pool(self) -> Iterator[WorkerPool]:
-        with self.room:
-            with self.lock:
-                pool = self.idle.pop() if self.idle else WorkerPool()
-                self.in_use.append(pool)
-            try:
-                yield pool
-            finally:
-                with self.lock:
-                    self.in_use.remove(pool)
-                    self.idle.insert(0 if pool is not self.pool else len(self.idle), pool)
-
-    def close(self) -> None:
-        for pool in [*self.idle, *self.in_use]:
-            pool.close()
 
     def remember(self, verdicts: dict[bytes, Verdict]) -> None:
         for key, verdict in verdicts.items():
@@ -165,12 +139,5 @@ class Verifier:
         while len(self.cache) > CACHE_SIZE:
             self.cache.popitem(last=False)
 
-    def after_fork(self) -> None:
-        for pool in [*self.idle, *self.in_use]:
-            pool.abandon()
-        self.forget_threads()  # of which this process has none of those that held locks and pools
-
 
 _verifier = Verifier()
-atexit.register(_verifier.close)
-os.register_at_fork(after_in_child=_verifier.after_fork)

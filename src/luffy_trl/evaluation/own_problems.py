@@ -1,0 +1,188 @@
+"""A user's own problems, in the trainer's columns: prompts as the trainer renders them, graded by its rewards."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer
+
+from ..data.files import ending
+from ..demonstrations.encoding import without_demonstrations
+from ..demonstrations.prompts import Reader, check_prompts
+from . import EvaluationError, tables
+from .backends import Request
+from .catalog import generation_arguments
+from .comparison import PAPER, read_results
+from .grading import Answer, Grader
+from .lines import Sample
+from .sampling import Sampler
+from .templates import OWN, TEXT_TEMPLATES
+
+
+GRADED_AT_ONCE = 512  # responses
+# As for the benchmarks: off, whatever the model's own generation config says
+GENERATION = {"until": [], "repetition_penalty": 1.0, "top_k": 0}
+
+
+def set_name(dataset_name: str) -> str:
+    """What the problems are called in tables and files: the last part of a path or Hub id, without an ending."""
+    path = Path(dataset_name)
+    name = path.resolve().name if path.exists() else path.name
+    suffix = ending(name)
+    return name[: name.lower().rindex(suffix)] if suffix else name
+
+
+class OwnProblems:
+    """
+    Args:
+        dataset: in the data contract, its prompts and gold answers checked.
+        where: what to call it in messages.
+        grader: gives the rewards.
+
+    Raises:
+        EvaluationError: for prompts that the model cannot be given, and for comparisons with other problems.
+    """
+
+    groups: Mapping[str, Sequence[str]] = {}
+
+    def __init__(
+        self, args: argparse.Namespace, model_args: Mapping[str, Any], dataset: Dataset, where: str, grader: Grader
+    ):
+        self.args, self.dataset, self.where, self.grader = args, dataset, where, grader
+        self.name = set_name(args.dataset_name)
+        self.labels = {self.name: self.name}
+        self.repeats = {self.name: 1 if args.temperature == 0 else args.n_samples or 1}
+        self.is_conversation = isinstance(dataset[0]["prompt"], list)
+        self.notes = [] if args.limit is None else [f"Note: --limit {args.limit}: only the first problems were used."]
+        self._fingerprint = _fingerprint(dataset)
+        self.compared = self._compared(args.compare)
+        self.reader = self._reader(model_args)
+        self.prompts = [self._rendered(i) for i in range(self.count(self.name))]
+
+    def count(self, name: str) -> int:
+        problems = len(self.dataset)
+        return problems if self.args.limit is None else min(problems, self.args.limit)
+
+    def fingerprints(self) -> dict[str, str]:
+        return {self.name: self._fingerprint}
+
+    # Prompts
+
+    def _reader(self, model_args: Mapping[str, Any]) -> Reader:
+        """The model's tokenizer, which renders and counts the prompts as the trainer does."""
+        options = {name: model_args[name] for name in ("revision", "trust_remote_code") if name in model_args}
+        thinking = {name: model_args[name] for name in ("enable_thinking",) if name in model_args}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_args.get("tokenizer", self.args.model), **options)
+            reader = Reader(tokenizer, AutoConfig.from_pretrained(self.args.model, **options), thinking)
+            if self.args.template == OWN:
+                rows = [self._row(i) for i in range(self.count(self.name))]
+                self.notes += [f"Note: {says}" for says in check_prompts(reader, rows, f" of {self.where}", None)]
+        except (OSError, ValueError) as error:
+            raise EvaluationError(" ".join(str(error).split())) from error
+        if not self.is_conversation and tokenizer.chat_template and self.args.template == OWN:
+            self.notes.append(
+                f"Note: the prompts of {self.name} are plain texts. They stand in front of the model as they are, as "
+                "in training: its chat template is not used."
+            )
+        return reader
+
+    def _row(self, number: int) -> dict[str, Any]:
+        """A row of the dataset, with the system message that was asked for."""
+        row, system = self.dataset[number], self.args.system_prompt
+        if system is None:
+            return row
+        if not self.is_conversation:
+            raise EvaluationError(f"--system_prompt needs messages, and the prompts of {self.where} are texts.")
+        rest = [message for message in row["prompt"] if message["role"] != "system"]
+        return row | {"prompt": [{"role": "system", "content": system}, *rest]}
+
+    def _rendered(self, number: int) -> str:
+        row, template = self._row(number), self.args.template
+        if template == OWN:
+            return self.reader.render(row, f"{self.where}, row {number}")
+        asked = [message for message in row["prompt"] if message["role"] != "system"] if self.is_conversation else []
+        if self.is_conversation and [message["role"] for message in asked] != ["user"]:
+            raise EvaluationError(
+                f"{self.where}, row {number}: --template {template} takes one problem, and the prompt has the roles "
+                f"{', '.join(message['role'] for message in asked)}. Take --template {OWN}."
+            )
+        return TEXT_TEMPLATES[template](asked[0]["content"] if asked else row["prompt"])
+
+    # Samples and scores
+
+    def sample_and_score(self, sampler: Sampler) -> dict[str, Any]:
+        """Every sample made, kept and graded."""
+        args = self.args
+        generation = generation_arguments(GENERATION, args.temperature, args.top_p, args.max_new_tokens)
+        if sampler.backend is not None and self.is_conversation and args.template == OWN:
+            sampler.backend.take_rendered_prompts()
+        requests = [
+            Request(self.name, number, repeat, prompt, generation)
+            for number, prompt in enumerate(self.prompts)
+            for repeat in range(self.repeats[self.name])
+        ]
+        sampler.make(requests)
+        samples = [sampler.store.samples[request.key] for request in requests]
+        with tqdm(total=len(samples), desc="Grading", unit="") as bar:
+            for start in range(0, len(samples), GRADED_AT_ONCE):
+                self._grade(samples[start : start + GRADED_AT_ONCE])
+                bar.update(len(samples[start : start + GRADED_AT_ONCE]))
+        sampler.store.rewrite(self.name)
+        return {"reward_funcs": list(self.grader.functions), "solved_reward": self.grader.deciding}
+
+    def _grade(self, samples: Sequence[Sample]) -> None:
+        responses = [self._response(sample) for sample in samples]
+        for sample, response, grade in zip(samples, responses, self.grader.grade(responses), strict=True):
+            gold = response.row.get("solution")
+            sample.prompt, sample.gold = self.prompts[sample.doc_id], None if gold is None else str(gold)
+            sample.rewards, sample.answer = grade.rewards, grade.answer
+            sample.score = None if grade.solved is None else float(grade.solved)
+
+    def _response(self, sample: Sample) -> Answer:
+        row = self._row(sample.doc_id)
+        completion = [{"role": "assistant", "content": sample.response}] if self.is_conversation else sample.response
+        [token_ids] = self.reader.token_ids([sample.response])
+        end = [] if sample.truncated else [self.reader.tokenizer.eos_token_id]
+        [given] = without_demonstrations([row])
+        del given["prompt"]
+        return Answer(sample.doc_id, given, row["prompt"], completion, token_ids + end)
+
+    # Tables
+
+    def score_tables(self, row: tables.ModelRow, summaries: Mapping[str, tables.Summary]) -> list[tables.Table]:
+        for other, summary in self.compared.items():
+            if summary.problems != summaries[self.name].problems:
+                self.notes.append(f"Note: {other} has {summary.problems} problems of {self.name}: another --limit.")
+        return [tables.own_table(self.name, {**self.compared, row.name: summaries[self.name]})]
+
+    def _compared(self, directories: Sequence[str]) -> dict[str, tables.Summary]:
+        compared = {}
+        for directory in directories:
+            if directory == PAPER:
+                raise EvaluationError("--compare paper: the paper has no results on your own problems.")
+            other = read_results(directory)
+            if self.name not in other.summaries:
+                raise EvaluationError(
+                    f"--compare {directory}: it has no results on {self.name}, only on {', '.join(other.summaries)}."
+                )
+            if other.data.get(self.name) != self._fingerprint:
+                raise EvaluationError(
+                    f"--compare {directory}: its {self.name} holds other problems or gold answers than {self.where}, "
+                    "so the two cannot stand side by side. Evaluate both on the same."
+                )
+            compared[other.name] = other.summaries[self.name]
+        return compared
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    """Changes with any prompt, gold answer or their order."""
+    digest = hashlib.sha256()
+    for row in dataset.select_columns([name for name in ("prompt", "solution") if name in dataset.column_names]):
+        digest.update(json.dumps(row, default=str).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,71 @@
+"""Making the samples that are missing, chunk by chunk, each kept as soon as it is made."""
+
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from . import EvaluationError
+from .backends import ReportsLengths, Request
+from .lines import Sample, prompt_hash
+from .samples import SampleStore
+
+
+class Sampler:
+    """
+    Args:
+        backend: the loaded model; None where every sample is kept already.
+        store: where samples are kept.
+        seed: of the sampling.
+        chunk_size: samples generated at a time: so many are lost to a kill at most.
+    """
+
+    def __init__(self, backend: ReportsLengths | None, store: SampleStore, seed: int, chunk_size: int):
+        self.backend, self.store, self.seed, self.chunk_size = backend, store, seed, chunk_size
+
+    def make(self, requests: Sequence[Request]) -> None:
+        """Make and keep what is missing."""
+        if self.backend is None:
+            return
+        _check_lengths(self.backend, requests)
+        missing = [request for request in requests if not self._is_kept(request)]
+        with tqdm(total=len(requests), initial=len(requests) - len(missing), desc="Samples", unit="") as bar:
+            for start in range(0, len(missing), self.chunk_size):
+                chunk = missing[start : start + self.chunk_size]
+                self.store.append(self._sampled(self.backend, chunk))
+                bar.update(len(chunk))
+
+    def _sampled(self, backend: ReportsLengths, requests: Sequence[Request]) -> list[Sample]:
+        responses = backend.sample(requests, self.seed)
+        return [
+            Sample(*request.key, prompt_hash(request.prompt), made.text, made.tokens, made.truncated)
+            for request, made in zip(requests, responses, strict=True)
+        ]
+
+    def _is_kept(self, request: Request) -> bool:
+        kept = self.store.samples.get(request.key)
+        if kept is not None and kept.prompt_hash != prompt_hash(request.prompt):
+            raise EvaluationError(
+                f"--output_dir {self.store.directory}: the sample of {request.task}, problem {request.doc_id}, was "
+                "made from another prompt than now, so the chat template or a library has changed. Choose another "
+                "--output_dir."
+            )
+        return kept is not None
+
+
+def _check_lengths(backend: ReportsLengths, requests: Sequence[Request]) -> None:
+    """lm-eval would cut what does not fit, at the beginning of the prompt or at the end of the response.
+
+    Raises:
+        EvaluationError: if the longest prompt and response are more than the model's window.
+    """
+    one_of_each = {request.prompt: request for request in requests}
+    lengths = [(len(backend.tok_encode(prompt)), request) for prompt, request in one_of_each.items()]
+    longest, where = max(lengths, key=lambda value: value[0])
+    max_new_tokens = where.generation["max_gen_toks"]
+    window = backend.max_length
+    if longest + max_new_tokens > window:
+        raise EvaluationError(
+            f"--max_new_tokens {max_new_tokens} does not fit: the longest prompt ({where.task}, problem "
+            f"{where.doc_id}) has {longest} tokens, and the model's window {window}. At most "
+            f"{max(window - longest, 0)} fit; luffy-trl prepare-model extends the window as the paper did."
+        )
