@@ -53,9 +53,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "luffy-trl eval") -> Non
 
 def _evaluation(args: argparse.Namespace) -> "Evaluation":
     """Everything a user can get wrong is checked here, but for what needs the loaded model."""
+    from ..evaluation.launching import stand_alone
     from ..evaluation.loading import model_arguments
     from ..evaluation.run import Evaluation
 
+    stand_alone(args.device, args.tensor_parallel_size)
     model_args = model_arguments(args)
     if args.dataset_name is None:
         from ..evaluation.benchmarks import Benchmarks
@@ -90,6 +92,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add("--limit", type=int, metavar="N", help="only the first N problems of each set")
     add("--n_samples", type=int, metavar="K",
         help="samples a problem: of your own (default: 1), or where the paper has avg@32 (default: 32)")  # fmt: skip
+
+    add("--k", nargs="+", type=int, default=[], metavar="K", help="also pass@k and maj@k, of all these samples")
 
     prompt = parser.add_argument_group("prompt and sampling")
     add = prompt.add_argument
@@ -149,6 +153,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise EvaluationError(f"--{flag} {value} must be 1 or more.")
+    if any(k < 1 for k in args.k):
+        raise EvaluationError(f"--k {min(args.k)} must be 1 or more.")
     if not args.temperature >= 0:
         raise EvaluationError(f"--temperature {args.temperature} must be 0 or more.")
     if not 0 < args.top_p <= 1:

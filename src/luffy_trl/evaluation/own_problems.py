@@ -159,7 +159,8 @@ class OwnProblems:
         for other, summary in self.compared.items():
             if summary.problems != summaries[self.name].problems:
                 self.notes.append(f"Note: {other} has {summary.problems} problems of {self.name}: another --limit.")
-        return [tables.own_table(self.name, {**self.compared, row.name: summaries[self.name]})]
+        side_by_side = {**self.compared, row.name: summaries[self.name]}
+        return [tables.own_table(self.name, side_by_side), *tables.at_k_table(side_by_side)]
 
     def _compared(self, directories: Sequence[str]) -> dict[str, tables.Summary]:
         compared = {}

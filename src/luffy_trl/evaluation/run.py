@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from .comparison import RESULTS
 from .lines import Sample
 from .loading import kept_arguments, load_model
 from .model_files import files_fingerprint
-from .samples import SampleStore
+from .samples import LeftToOthersError, SampleStore
 from .sampling import Sampler
 
 
@@ -59,11 +58,12 @@ class Evaluation:
     """
 
     def __init__(self, args: argparse.Namespace, model_args: dict[str, Any], problems: ProblemSets):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise EvaluationError(
-                "it runs in one process: for several GPUs use --backend vllm with --tensor_parallel_size."
-            )
         self.args, self.model_args, self.problems = args, model_args, problems
+        if args.k and max(args.k) > max(problems.repeats.values()):
+            raise EvaluationError(
+                f"--k {max(args.k)}: there are at most {max(problems.repeats.values())} samples a problem. Raise "
+                "--n_samples (and --temperature, if it is 0)."
+            )
         self.name = args.name or Path(args.adapter or args.model).name
         for name in (RESULTS, TABLES):
             if (Path(args.output_dir) / name).is_dir():
@@ -71,7 +71,10 @@ class Evaluation:
         self.store = SampleStore(args.output_dir, self._settings())
 
     def run(self) -> str:
-        """Make the missing samples, score all, write the results. Returns the tables as text."""
+        """Make the missing samples, score all, write the results. Returns the tables as text.
+
+        Of several processes in one directory the last does the scoring; the others return a sentence.
+        """
         print(self.kept(), flush=True)
         kept, wanted = self._progress()
         sampler = Sampler(
@@ -80,7 +83,10 @@ class Evaluation:
             self.args.seed,
             self.args.chunk_size or DEFAULT_CHUNK_SIZE[self.args.backend],
         )
-        return self._report(self.problems.sample_and_score(sampler))
+        try:
+            return self._report(self.problems.sample_and_score(sampler))
+        except LeftToOthersError:
+            return f"{self.kept()} Other processes are at work there: the last of them writes the results."
 
     def close(self) -> None:
         self.store.close()
@@ -126,7 +132,7 @@ class Evaluation:
         samples: dict[str, list[Sample]] = {name: [] for name in self.problems.repeats}
         for sample in filter(self._is_wanted, self.store.samples.values()):
             samples[sample.task].append(sample)
-        summaries = {name: tables.summarize(of_set) for name, of_set in samples.items()}
+        summaries = {name: tables.summarize(of_set, self.args.k) for name, of_set in samples.items()}
         row = tables.row(self.name, summaries, self.problems.groups)
         made = [
             *self.problems.score_tables(row, summaries),

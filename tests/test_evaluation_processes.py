@@ -1,0 +1,199 @@
+"""Several processes share one directory of samples: nothing is made twice, nobody waits, and the table is the same."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from luffy_trl.commands.eval import main
+from luffy_trl.evaluation import EvaluationError
+from luffy_trl.evaluation.lines import Sample
+from luffy_trl.evaluation.samples import LeftToOthersError, SampleStore
+
+
+SETTINGS = {"model": "m", "data": {"t": "1"}}
+
+
+def sample(repeat: int) -> Sample:
+    return Sample("t", 0, repeat, "hash", f"text {repeat}", 10, False)
+
+
+class Other:
+    """A process with a store in the directory, which does as it is told until it is killed."""
+
+    def __init__(self, directory: Path, script: str):
+        code = f"""
+import sys, time
+from luffy_trl.evaluation.samples import SampleStore
+from tests.test_evaluation_processes import SETTINGS, sample
+store = SampleStore(sys.argv[1], SETTINGS)
+{script}
+print("ready", flush=True)
+time.sleep(600)
+"""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, str(directory)], stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def test_each_process_has_a_file_of_its_own_and_reads_the_others(tmp_path):
+    other = Other(tmp_path, "store.append([sample(0)])")
+    store = SampleStore(tmp_path, SETTINGS)
+    assert (store.process, set(store.samples)) == (2, {("t", 0, 0)})
+    store.append([sample(1)])
+    with open(tmp_path / "samples" / "t.jsonl", "a") as file:  # the other's: in the middle of a write
+        file.write('{"task": "t", "doc_id": 0, "rep')
+        file.flush()
+        store.refresh()
+        assert len(store.samples) == 2
+        file.write('eat": 2, "prompt_hash": "h", "response": "r", "tokens": 1, "truncated": false}\n')
+    store.refresh()
+    assert len(store.samples) == 3
+    assert store.half_written == 0
+    with pytest.raises(LeftToOthersError):
+        store.be_last()
+    store.close()
+    other.kill()
+
+    store = SampleStore(tmp_path, SETTINGS)
+    assert (store.process, len(store.samples)) == (1, 3)
+    store.be_last()
+    store.rewrite("t")
+    store.close()
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["t.jsonl"]
+    assert [json.loads(line)["repeat"] for line in (tmp_path / "samples" / "t.jsonl").open()] == [0, 1, 2]
+
+
+def test_what_another_process_makes_is_not_made_here_until_it_is_killed(tmp_path):
+    other = Other(
+        tmp_path, "held = store.claimed([('t', 0, 0), ('t', 0, 1)]); held.__enter__(); store.append([sample(0)])"
+    )
+    store = SampleStore(tmp_path, SETTINGS)
+    with store.claimed([("t", 0, 1), ("t", 0, 2)]) as mine:
+        assert mine == set()
+    with store.claimed([("t", 0, 2)]) as mine:
+        assert mine == {("t", 0, 2)}
+    other.kill()
+    with store.claimed([("t", 0, 0), ("t", 0, 1)]) as mine:
+        assert mine == {("t", 0, 1)}
+    store.be_last()
+    store.close()
+
+
+def test_nobody_comes_in_while_samples_are_scored_and_nobody_waits_for_long(tmp_path):
+    other = Other(tmp_path, "store.be_last()")
+    start = time.monotonic()
+    with pytest.raises(EvaluationError, match="is in use by another run, which scores its samples"):
+        SampleStore(tmp_path, SETTINGS, patience=0.2)
+    assert time.monotonic() - start < 10
+    other.kill()
+    SampleStore(tmp_path, SETTINGS).close()
+
+
+def test_a_process_with_other_settings_is_refused_before_there_is_a_sample(tmp_path):
+    other = Other(tmp_path, "")
+    with pytest.raises(EvaluationError, match="holds samples made with model 'm' instead of 'n'"):
+        SampleStore(tmp_path, SETTINGS | {"model": "n"})
+    other.kill()
+
+
+# The whole command
+
+PYTHON = [sys.executable, "-u"]
+ALONE = [*PYTHON, "-m", "luffy_trl"]
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    path = tmp_path / "mine.jsonl"
+    rows = [{"question": f"What is {i}?", "answer": str(i % 4)} for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(model: Path, data: Path, output: Path) -> list[str]:
+    return [
+        "--model", str(model), "--dataset_name", str(data), "--reward_funcs", "math_reward_optional_thought",
+        "--output_dir", str(output), "--max_new_tokens", "64", "--n_samples", "20", "--temperature", "1.1",
+        "--chunk_size", "8", "--batch_size", "4", "--k", "1", "4",
+    ]  # fmt: skip
+
+
+def start(arguments: list[str], launcher: list[str] = ALONE) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*launcher, "eval", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def lines_in(output: Path) -> list[dict]:
+    return [json.loads(line) for path in (output / "samples").glob("*.jsonl") for line in path.open()]
+
+
+def table_of(output: Path) -> dict:
+    results = json.loads((output / "results.json").read_text())
+    return {name: results[name] for name in ("tasks", "percent")}
+
+
+@pytest.fixture
+def alone(speaking_model, data, tmp_path) -> Path:
+    """What one process makes of it."""
+    main(command(speaking_model, data, tmp_path / "alone"))
+    return tmp_path / "alone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", [False, True], ids=["started by hand", "torchrun"])
+def test_two_processes_give_the_table_of_one(launched, alone, speaking_model, data, tmp_path):
+    arguments = command(speaking_model, data, tmp_path / "two")
+    if launched:
+        torchrun = [*PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+        processes = [start(arguments, [*torchrun, "-m", "luffy_trl"])]
+    else:
+        processes = [start(arguments), start(arguments)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    said = "".join(out for out, _ in outputs)
+    assert said.count("± one standard error over problems") == 1  # one of them scores
+    assert table_of(tmp_path / "two") == table_of(alone)
+
+    def responses(output: Path) -> dict[tuple, str]:
+        return {(s["doc_id"], s["repeat"]): s["response"] for s in lines_in(output)}
+
+    assert len(lines_in(tmp_path / "two")) == 12 * 20
+    assert responses(tmp_path / "two") == responses(alone)
+    assert [path.name for path in (tmp_path / "two" / "samples").iterdir()] == ["mine.jsonl"]
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_left_is_made_by_the_other_or_by_the_next(alone, speaking_model, data, tmp_path, capsys):
+    output = tmp_path / "killed"
+    arguments = command(speaking_model, data, output)
+    first = start(arguments)
+    while not list((output / "samples").glob("*.jsonl")):
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=60)
+    kept = {(s["doc_id"], s["repeat"]): s["response"] for s in lines_in(output)}
+    assert 0 < len(kept) < 240
+    main(arguments)
+    printed = capsys.readouterr().out
+    assert f"{len(kept)} of 240 samples are kept" in printed
+    after = lines_in(output)
+    assert len(after) == 240  # nothing is there twice
+    assert kept.items() <= {(s["doc_id"], s["repeat"]): s["response"] for s in after}.items()  # nor made again
+    assert re.search(r"mine +12 +20 ", printed)
+    assert table_of(output) == table_of(alone)
