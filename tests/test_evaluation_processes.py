@@ -13,6 +13,7 @@ import pytest
 
 from luffy_trl.commands.eval import main
 from luffy_trl.evaluation import EvaluationError
+from luffy_trl.evaluation.launching import stand_alone
 from luffy_trl.evaluation.lines import Sample
 from luffy_trl.evaluation.samples import LeftToOthersError, SampleStore
 
@@ -27,19 +28,18 @@ def sample(repeat: int) -> Sample:
 class Other:
     """A process with a store in the directory, which does as it is told until it is killed."""
 
-    def __init__(self, directory: Path, script: str):
+    def __init__(self, directory: Path, script: str, settings: dict = SETTINGS):
         code = f"""
-import sys, time
+import json, sys, time
 from luffy_trl.evaluation.samples import SampleStore
-from tests.test_evaluation_processes import SETTINGS, sample
-store = SampleStore(sys.argv[1], SETTINGS)
+from tests.test_evaluation_processes import sample
+store = SampleStore(sys.argv[1], json.loads(sys.argv[2]))
 {script}
 print("ready", flush=True)
 time.sleep(600)
 """
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, str(directory)], stdout=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-c", code, str(directory), json.dumps(settings)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout.readline() == "ready\n"
 
     def kill(self) -> None:
@@ -145,6 +145,72 @@ def lines_in(output: Path) -> list[dict]:
 def table_of(output: Path) -> dict:
     results = json.loads((output / "results.json").read_text())
     return {name: results[name] for name in ("tasks", "percent")}
+
+
+def test_a_process_leaves_to_another_what_that_is_at_and_the_next_makes_what_a_kill_left(
+    speaking_model, data, tmp_path, capsys
+):
+    output = tmp_path / "shared"
+    arguments = [*command(speaking_model, data, output), "--limit", "2"]
+    main(arguments)
+    settings = json.loads((output / "run.json").read_text())
+    claim = "held = store.claimed([('mine', 3, repeat) for repeat in range(20)]); held.__enter__()"
+    other = Other(output, claim, settings)
+    capsys.readouterr()
+    main(arguments[:-2])
+    # problem 3 has samples 60 to 79; whole chunks of 8 are left out, and those before and after them are made
+    assert "216 of 240 samples are kept" in (printed := capsys.readouterr().out)
+    assert "Other processes are at work there: the last of them writes the results." in printed
+    assert {(s["doc_id"], s["repeat"]) for s in lines_in(output)}.isdisjoint({(3, repeat) for repeat in range(20)})
+    assert len(lines_in(output)) == 216
+    other.kill()
+    main(arguments[:-2])
+    assert len(lines_in(output)) == 240
+    assert "mine" in capsys.readouterr().out
+
+
+def test_a_launched_process_that_comes_while_another_scores_is_no_failure(
+    speaking_model, data, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "shared"
+    arguments = [*command(speaking_model, data, output), "--limit", "2"]
+    main(arguments)
+    other = Other(output, "store.be_last()", json.loads((output / "run.json").read_text()))
+    monkeypatch.setattr("luffy_trl.evaluation.samples.GATE_PATIENCE", 0.1)
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    main(arguments)
+    assert "in use by another run, which scores its samples" in capsys.readouterr().out
+    other.kill()
+
+
+def test_each_launched_process_takes_gpus_of_its_own(monkeypatch):
+    group = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "node"}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+
+    def launch(device: str | None, gpus: int, visible: str | None) -> str | None:
+        for name, value in group.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert stand_alone(device, gpus) == 4
+        assert not set(group) & set(os.environ)
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    assert launch(None, 1, None) == "1"
+    assert launch(None, 2, "4,5,6,7") == "6,7"
+    assert launch("cpu", 1, None) is None
+    with pytest.raises(EvaluationError, match="2 processes need 6 GPUs, and 4 are there"):
+        launch(None, 3, None)
+    with pytest.raises(EvaluationError, match="--device cuda:1: processes that are launched together take a GPU each"):
+        launch("cuda:1", 1, None)
+    monkeypatch.setenv("MASTER_ADDR", "node")
+    assert stand_alone("cuda:1", 1) == 1  # nobody launched it
+    assert os.environ["MASTER_ADDR"] == "node"
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ..evaluation import EvaluationError
+from ..evaluation import EvaluationError, ScoringError
 from ..evaluation.templates import FROM_DATA, OWN, TEMPLATES
 from ..rewards.completions import THOUGHT_MODES
 
@@ -45,6 +45,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "luffy-trl eval") -> Non
             sys.exit(f"\nInterrupted. {evaluation.kept()} The same command goes on from there.")
         finally:
             evaluation.close()
+    except ScoringError as error:
+        if args.processes == 1:
+            parser.error(str(error))
+        print(error)  # no failure, for which a launcher would kill the one that scores
     except EvaluationError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -57,15 +61,15 @@ def _evaluation(args: argparse.Namespace) -> "Evaluation":
     from ..evaluation.loading import model_arguments
     from ..evaluation.run import Evaluation
 
-    stand_alone(args.device, args.tensor_parallel_size)
+    args.processes = stand_alone(args.device, args.tensor_parallel_size)
     model_args = model_arguments(args)
     if args.dataset_name is None:
         from ..evaluation.benchmarks import Benchmarks
 
-        return Evaluation(args, model_args, Benchmarks(args))
+        return Evaluation(args, model_args, Benchmarks(args), args.processes)
     from .own_problems import load_own_problems
 
-    return Evaluation(args, model_args, load_own_problems(args, model_args))
+    return Evaluation(args, model_args, load_own_problems(args, model_args), args.processes)
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:

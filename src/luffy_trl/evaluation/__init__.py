@@ -3,3 +3,7 @@
 
 class EvaluationError(ValueError):
     """What the person who started an evaluation can put right, in one sentence."""
+
+
+class ScoringError(EvaluationError):
+    """Another process scores the samples of the directory, and lets nobody in."""

@@ -15,7 +15,7 @@ LAUNCHED = (
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def stand_alone(device: str | None, gpus: int) -> None:
+def stand_alone(device: str | None, gpus: int) -> int:
     """Take this process's GPUs, and leave the group: the processes share a directory of samples, and nothing else.
 
     To be called before CUDA is used.
@@ -24,17 +24,21 @@ def stand_alone(device: str | None, gpus: int) -> None:
         device: of the command line.
         gpus: how many this process needs, where there are any.
 
+    Returns:
+        How many processes were launched together.
+
     Raises:
         EvaluationError: if there are too few GPUs for all processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched == 1:
+        return 1
     local, processes = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     for name in LAUNCHED:
         os.environ.pop(name, None)
     count = torch.cuda.device_count()  # unlike `is_available`, it does not begin to use CUDA
     if device == "cpu" or count == 0:
-        return
+        return launched
     if device is not None:
         raise EvaluationError(
             f"--device {device}: processes that are launched together take a GPU each. Leave it out."
@@ -45,3 +49,4 @@ def stand_alone(device: str | None, gpus: int) -> None:
         )
     visible = os.environ.get(VISIBLE, ",".join(map(str, range(count)))).split(",")
     os.environ[VISIBLE] = ",".join(visible[local * gpus : (local + 1) * gpus])
+    return launched

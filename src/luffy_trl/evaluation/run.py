@@ -52,12 +52,15 @@ class Evaluation:
     Args:
         model_args: of `model_arguments`, which has checked that there is such a model.
         problems: what it is evaluated on.
+        processes: how many were launched together, to share the samples.
 
     Raises:
         EvaluationError: if the output directory cannot be used.
     """
 
-    def __init__(self, args: argparse.Namespace, model_args: dict[str, Any], problems: ProblemSets):
+    def __init__(
+        self, args: argparse.Namespace, model_args: dict[str, Any], problems: ProblemSets, processes: int = 1
+    ):
         self.args, self.model_args, self.problems = args, model_args, problems
         if args.k and max(args.k) > max(problems.repeats.values()):
             raise EvaluationError(
@@ -68,6 +71,9 @@ class Evaluation:
         for name in (RESULTS, TABLES):
             if (Path(args.output_dir) / name).is_dir():
                 raise EvaluationError(f"--output_dir {args.output_dir}: {name} is a directory there. Move it away.")
+        # A chunk for each, where there are few samples
+        share = -(-self._wanted() // processes)
+        self.chunk_size = args.chunk_size or min(DEFAULT_CHUNK_SIZE[args.backend], share)
         self.store = SampleStore(args.output_dir, self._settings())
 
     def run(self) -> str:
@@ -81,7 +87,7 @@ class Evaluation:
             None if kept == wanted else load_model(self.args, self.model_args),  # to score anew, no model is needed
             self.store,
             self.args.seed,
-            self.args.chunk_size or DEFAULT_CHUNK_SIZE[self.args.backend],
+            self.chunk_size,
         )
         try:
             return self._report(self.problems.sample_and_score(sampler))
@@ -97,8 +103,10 @@ class Evaluation:
 
     def _progress(self) -> tuple[int, int]:
         """Samples of this evaluation that are kept, and all that it takes."""
-        wanted = sum(self.problems.count(name) * repeats for name, repeats in self.problems.repeats.items())
-        return sum(self._is_wanted(sample) for sample in self.store.samples.values()), wanted
+        return sum(self._is_wanted(sample) for sample in self.store.samples.values()), self._wanted()
+
+    def _wanted(self) -> int:
+        return sum(self.problems.count(name) * repeats for name, repeats in self.problems.repeats.items())
 
     def _is_wanted(self, sample: Sample) -> bool:
         """Whether a kept sample is of this evaluation: another may have been longer."""

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import EvaluationError
+from . import EvaluationError, ScoringError
 from .claims import Claims
 from .lines import LONGEST_LINE, Key, Sample, is_half_written, line_of, sample_of
 from .manifest import agree
@@ -48,8 +48,9 @@ class SampleStore:
             damaged. Nothing there is changed then.
     """
 
-    def __init__(self, output_dir: str | Path, settings: dict[str, Any], patience: float = GATE_PATIENCE):
-        self.directory, self.patience = Path(output_dir), patience
+    def __init__(self, output_dir: str | Path, settings: dict[str, Any], patience: float | None = None):
+        self.directory = Path(output_dir)
+        self.patience = GATE_PATIENCE if patience is None else patience
         self.samples: dict[Key, Sample] = {}
         self.half_written = 0
         self._read_bytes: dict[Path, int] = {}
@@ -87,7 +88,7 @@ class SampleStore:
         end = time.monotonic() + self.patience
         while not self._claims.take(GATE):
             if time.monotonic() > end:
-                raise EvaluationError(
+                raise ScoringError(
                     f"--output_dir {self.directory} is in use by another run, which scores its samples. Start again "
                     "when it has ended."
                 )
