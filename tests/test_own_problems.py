@@ -12,11 +12,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from luffy_trl import LuffyTrainer
+from luffy_trl.commands import cli
 from luffy_trl.commands.eval import main
 from luffy_trl.evaluation.backends import HuggingFaceBackend
 from luffy_trl.rewards import math_reward_optional_thought
 
-from .conftest import SAID
+from .conftest import SAID, SMALL_RUN
 
 
 ROWS = [
@@ -289,3 +290,24 @@ def test_a_weighted_total_decides_where_it_is_asked_to(speaking_model, data, tmp
     # what the model says begins inside a thought, and is well formed: 0.25 + 0.5 where it is right, else 0.5
     assert [s["score"] for s in samples_in(tmp_path / "out")] == [1.0, 0.0, 1.0, 0.0]
     assert torch.tensor(summary(tmp_path / "out")["score"]) == 0.5
+
+
+@pytest.mark.slow
+def test_from_a_table_of_questions_to_a_trained_and_evaluated_model(speaking_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = [f"What is {i} less than {i + 2}?,2" for i in range(24)]
+    Path("mine.csv").write_text("\n".join(["question,answer", *lines]))
+    rewards = ["--reward_funcs", "math_reward_optional_thought"]
+    prepare = ["prepare-data", "mine.csv", "--output_dir", "data/mine", "--tokenizer", str(speaking_model)]
+    cli.main([*prepare, "--keep_without_demonstration", "--test_size", "6"])
+    train = ["train", "--model_name_or_path", str(speaking_model), "--dataset_name", "data/mine", *rewards]
+    train += ["--num_demonstrations", "0", "--eval_strategy", "steps", "--eval_steps", "1", "--output_dir", "out/mine"]
+    small = SMALL_RUN | {"max_steps": 1, "per_device_eval_batch_size": 8, "max_completion_length": 48}
+    cli.main([*train, *(str(part) for name, value in small.items() for part in (f"--{name}", value))])
+    assert "eval_reward" in capsys.readouterr().out
+    evaluate = ["eval", "--model", "out/mine", "--dataset_name", "data/mine", *rewards, "--output_dir", "evals/mine"]
+    cli.main([*evaluate, "--max_new_tokens", "48"])
+    found = summary(Path("evals/mine"))
+    assert found["problems"] == 6
+    assert found["score"] > 0.5
+    assert found["unanswered"] < 0.5
