@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from luffy_trl.commands.eval import main
-from luffy_trl.evaluation import EvaluationError
+from luffy_trl.evaluation import EvaluationError, LeftToOthersError
 from luffy_trl.evaluation.launching import stand_alone
 from luffy_trl.evaluation.lines import Sample
-from luffy_trl.evaluation.samples import LeftToOthersError, SampleStore
+from luffy_trl.evaluation.samples import SampleStore
 
 
 SETTINGS = {"model": "m", "data": {"t": "1"}}

@@ -70,6 +70,10 @@ def raising_reward(completions, level, **kwargs):
     return [1 / of for of in level]
 
 
+async def async_reward(completions, **kwargs):
+    return [0.25] * len(completions)
+
+
 def short_reward(completion_ids, prompts, completions, **kwargs):
     assert all(prompt[-1]["role"] == "user" for prompt in prompts)
     assert all(completion[0]["role"] == "assistant" for completion in completions)
@@ -80,7 +84,8 @@ def test_the_share_solved_and_each_rewards_mean_equal_a_recount_of_the_kept_samp
     speaking_model, data, tmp_path, capsys
 ):
     output, here = tmp_path / "out", "tests.test_own_problems"
-    rewards = ("math_reward_optional_thought", f"{here}.level_reward", f"{here}.short_reward")
+    own = [f"{here}.{name}" for name in ("level_reward", "short_reward", "async_reward")]
+    rewards = ["math_reward_optional_thought", *own]
     main(options(speaking_model, data, output, *rewards, n_samples=6, temperature=1.2))
     samples = samples_in(output)
     assert len(samples) == 4 * 6
@@ -101,6 +106,7 @@ def test_the_share_solved_and_each_rewards_mean_equal_a_recount_of_the_kept_samp
     assert found["score"] == pytest.approx(mean)
     assert found["stderr"] == pytest.approx((sum((m - mean) ** 2 for m in means) / 3 / 4) ** 0.5)
     assert (found["problems"], found["samples"]) == (4, 6)
+    assert found["rewards"]["async_reward"] == {"mean": 0.25, "stderr": 0.0, "not_applicable": 0}
     assert found["rewards"]["level_reward"]["mean"] == pytest.approx((0.5 + 0.5 + 1) / 3)
     assert found["rewards"]["level_reward"]["not_applicable"] == 6
     printed = capsys.readouterr().out

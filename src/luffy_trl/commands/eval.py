@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ..evaluation import EvaluationError, ScoringError
+from ..evaluation import EvaluationError, LeftToOthersError, ScoringError
 from ..evaluation.templates import FROM_DATA, OWN, TEMPLATES
 from ..rewards.completions import THOUGHT_MODES
 
@@ -27,8 +27,9 @@ DESCRIPTION = (
     "Evaluate a model on the paper's benchmarks, six of mathematics and three out of distribution, or on problems of "
     "your own."
 )
-# Of one kind of problems alone: (flags, what they are of)
-BENCHMARK_FLAGS, PROBLEM_FLAGS = ("tasks", "data_files", "thought"), (
+# Of the benchmarks alone, and of problems of one's own alone
+BENCHMARK_FLAGS = ("tasks", "data_files", "thought")
+PROBLEM_FLAGS = (
     "dataset_config", "dataset_split", "reward_funcs", "reward_weights", "solved_reward", "solved_threshold",
 )  # fmt: skip
 
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "luffy-trl eval") -> Non
         evaluation = _evaluation(args)
         try:
             print(evaluation.run())
+        except LeftToOthersError:
+            print(f"{evaluation.kept()} Other processes are at work there: the last of them writes the results.")
         except KeyboardInterrupt:
             sys.exit(f"\nInterrupted. {evaluation.kept()} The same command goes on from there.")
         finally:
@@ -186,11 +189,12 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _check_kind_of_problems(args: argparse.Namespace) -> None:
-    own = args.dataset_name is not None
-    says = "is about the benchmarks, and cannot be combined with --dataset_name"
-    if not own:
-        says = "needs --dataset_name, the problems of your own"
-    for flag in BENCHMARK_FLAGS if own else PROBLEM_FLAGS:
+    flags: tuple[str, ...]
+    if args.dataset_name is None:
+        flags, says = PROBLEM_FLAGS, "needs --dataset_name, the problems of your own"
+    else:
+        flags, says = BENCHMARK_FLAGS, "is about the benchmarks, and cannot be combined with --dataset_name"
+    for flag in flags:
         if getattr(args, flag) is not None:
             raise EvaluationError(f"--{flag} {says}.")
     args.thought = args.thought or "optional"

@@ -7,3 +7,7 @@ class EvaluationError(ValueError):
 
 class ScoringError(EvaluationError):
     """Another process scores the samples of the directory, and lets nobody in."""
+
+
+class LeftToOthersError(Exception):
+    """Other processes are still at work in the directory: the last of them scores."""

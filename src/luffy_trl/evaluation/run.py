@@ -14,7 +14,7 @@ from .comparison import RESULTS
 from .lines import Sample
 from .loading import kept_arguments, load_model
 from .model_files import files_fingerprint
-from .samples import LeftToOthersError, SampleStore
+from .samples import SampleStore
 from .sampling import Sampler
 
 
@@ -79,7 +79,8 @@ class Evaluation:
     def run(self) -> str:
         """Make the missing samples, score all, write the results. Returns the tables as text.
 
-        Of several processes in one directory the last does the scoring; the others return a sentence.
+        Raises:
+            LeftToOthersError: if other processes are still at work in the directory: the last of them scores.
         """
         print(self.kept(), flush=True)
         kept, wanted = self._progress()
@@ -89,10 +90,7 @@ class Evaluation:
             self.args.seed,
             self.chunk_size,
         )
-        try:
-            return self._report(self.problems.sample_and_score(sampler))
-        except LeftToOthersError:
-            return f"{self.kept()} Other processes are at work there: the last of them writes the results."
+        return self._report(self.problems.sample_and_score(sampler))
 
     def close(self) -> None:
         self.store.close()

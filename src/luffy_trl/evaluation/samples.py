@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import EvaluationError, ScoringError
+from . import EvaluationError, LeftToOthersError, ScoringError
 from .claims import Claims
 from .lines import LONGEST_LINE, Key, Sample, is_half_written, line_of, sample_of
 from .manifest import agree
@@ -30,10 +30,6 @@ GATE, FIRST_SAMPLE = 0, 1024
 PROCESSES = range(1, FIRST_SAMPLE)
 # Seconds in which others get through the gate, unless one of them grades
 GATE_PATIENCE = 30.0
-
-
-class LeftToOthersError(Exception):
-    """Other processes are still at work in the directory: the last of them scores."""
 
 
 class SampleStore:
