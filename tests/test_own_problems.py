@@ -12,11 +12,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from luffy_trl import LuffyTrainer
+from luffy_trl.commands import cli
 from luffy_trl.commands.eval import main
 from luffy_trl.evaluation.backends import HuggingFaceBackend
 from luffy_trl.rewards import math_reward_optional_thought
 
-from .conftest import SAID
+from .conftest import SAID, SMALL_RUN
 
 
 ROWS = [
@@ -69,6 +70,10 @@ def raising_reward(completions, level, **kwargs):
     return [1 / of for of in level]
 
 
+async def async_reward(completions, **kwargs):
+    return [0.25] * len(completions)
+
+
 def short_reward(completion_ids, prompts, completions, **kwargs):
     assert all(prompt[-1]["role"] == "user" for prompt in prompts)
     assert all(completion[0]["role"] == "assistant" for completion in completions)
@@ -79,7 +84,8 @@ def test_the_share_solved_and_each_rewards_mean_equal_a_recount_of_the_kept_samp
     speaking_model, data, tmp_path, capsys
 ):
     output, here = tmp_path / "out", "tests.test_own_problems"
-    rewards = ("math_reward_optional_thought", f"{here}.level_reward", f"{here}.short_reward")
+    own = [f"{here}.{name}" for name in ("level_reward", "short_reward", "async_reward")]
+    rewards = ["math_reward_optional_thought", *own]
     main(options(speaking_model, data, output, *rewards, n_samples=6, temperature=1.2))
     samples = samples_in(output)
     assert len(samples) == 4 * 6
@@ -100,6 +106,7 @@ def test_the_share_solved_and_each_rewards_mean_equal_a_recount_of_the_kept_samp
     assert found["score"] == pytest.approx(mean)
     assert found["stderr"] == pytest.approx((sum((m - mean) ** 2 for m in means) / 3 / 4) ** 0.5)
     assert (found["problems"], found["samples"]) == (4, 6)
+    assert found["rewards"]["async_reward"] == {"mean": 0.25, "stderr": 0.0, "not_applicable": 0}
     assert found["rewards"]["level_reward"]["mean"] == pytest.approx((0.5 + 0.5 + 1) / 3)
     assert found["rewards"]["level_reward"]["not_applicable"] == 6
     printed = capsys.readouterr().out
@@ -289,3 +296,24 @@ def test_a_weighted_total_decides_where_it_is_asked_to(speaking_model, data, tmp
     # what the model says begins inside a thought, and is well formed: 0.25 + 0.5 where it is right, else 0.5
     assert [s["score"] for s in samples_in(tmp_path / "out")] == [1.0, 0.0, 1.0, 0.0]
     assert torch.tensor(summary(tmp_path / "out")["score"]) == 0.5
+
+
+@pytest.mark.slow
+def test_from_a_table_of_questions_to_a_trained_and_evaluated_model(speaking_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = [f"What is {i} less than {i + 2}?,2" for i in range(24)]
+    Path("mine.csv").write_text("\n".join(["question,answer", *lines]))
+    rewards = ["--reward_funcs", "math_reward_optional_thought"]
+    prepare = ["prepare-data", "mine.csv", "--output_dir", "data/mine", "--tokenizer", str(speaking_model)]
+    cli.main([*prepare, "--keep_without_demonstration", "--test_size", "6"])
+    train = ["train", "--model_name_or_path", str(speaking_model), "--dataset_name", "data/mine", *rewards]
+    train += ["--num_demonstrations", "0", "--eval_strategy", "steps", "--eval_steps", "1", "--output_dir", "out/mine"]
+    small = SMALL_RUN | {"max_steps": 1, "per_device_eval_batch_size": 8, "max_completion_length": 48}
+    cli.main([*train, *(str(part) for name, value in small.items() for part in (f"--{name}", value))])
+    assert "eval_reward" in capsys.readouterr().out
+    evaluate = ["eval", "--model", "out/mine", "--dataset_name", "data/mine", *rewards, "--output_dir", "evals/mine"]
+    cli.main([*evaluate, "--max_new_tokens", "48"])
+    found = summary(Path("evals/mine"))
+    assert found["problems"] == 6
+    assert found["score"] > 0.5
+    assert found["unanswered"] < 0.5

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ..evaluation import EvaluationError
+from ..evaluation import EvaluationError, LeftToOthersError, ScoringError
 from ..evaluation.templates import FROM_DATA, OWN, TEMPLATES
 from ..rewards.completions import THOUGHT_MODES
 
@@ -27,8 +27,9 @@ DESCRIPTION = (
     "Evaluate a model on the paper's benchmarks, six of mathematics and three out of distribution, or on problems of "
     "your own."
 )
-# Of one kind of problems alone: (flags, what they are of)
-BENCHMARK_FLAGS, PROBLEM_FLAGS = ("tasks", "data_files", "thought"), (
+# Of the benchmarks alone, and of problems of one's own alone
+BENCHMARK_FLAGS = ("tasks", "data_files", "thought")
+PROBLEM_FLAGS = (
     "dataset_config", "dataset_split", "reward_funcs", "reward_weights", "solved_reward", "solved_threshold",
 )  # fmt: skip
 
@@ -41,10 +42,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "luffy-trl eval") -> Non
         evaluation = _evaluation(args)
         try:
             print(evaluation.run())
+        except LeftToOthersError:
+            print(f"{evaluation.kept()} Other processes are at work there: the last of them writes the results.")
         except KeyboardInterrupt:
             sys.exit(f"\nInterrupted. {evaluation.kept()} The same command goes on from there.")
         finally:
             evaluation.close()
+    except ScoringError as error:
+        if args.processes == 1:
+            parser.error(str(error))
+        print(error)  # no failure, for which a launcher would kill the one that scores
     except EvaluationError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -53,17 +60,19 @@ def main(argv: Sequence[str] | None = None, prog: str = "luffy-trl eval") -> Non
 
 def _evaluation(args: argparse.Namespace) -> "Evaluation":
     """Everything a user can get wrong is checked here, but for what needs the loaded model."""
+    from ..evaluation.launching import stand_alone
     from ..evaluation.loading import model_arguments
     from ..evaluation.run import Evaluation
 
+    args.processes = stand_alone(args.device, args.tensor_parallel_size)
     model_args = model_arguments(args)
     if args.dataset_name is None:
         from ..evaluation.benchmarks import Benchmarks
 
-        return Evaluation(args, model_args, Benchmarks(args))
+        return Evaluation(args, model_args, Benchmarks(args), args.processes)
     from .own_problems import load_own_problems
 
-    return Evaluation(args, model_args, load_own_problems(args, model_args))
+    return Evaluation(args, model_args, load_own_problems(args, model_args), args.processes)
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -90,6 +99,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add("--limit", type=int, metavar="N", help="only the first N problems of each set")
     add("--n_samples", type=int, metavar="K",
         help="samples a problem: of your own (default: 1), or where the paper has avg@32 (default: 32)")  # fmt: skip
+
+    add("--k", nargs="+", type=int, default=[], metavar="K", help="also pass@k and maj@k, of all these samples")
 
     prompt = parser.add_argument_group("prompt and sampling")
     add = prompt.add_argument
@@ -149,6 +160,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise EvaluationError(f"--{flag} {value} must be 1 or more.")
+    if any(k < 1 for k in args.k):
+        raise EvaluationError(f"--k {min(args.k)} must be 1 or more.")
     if not args.temperature >= 0:
         raise EvaluationError(f"--temperature {args.temperature} must be 0 or more.")
     if not 0 < args.top_p <= 1:
@@ -176,11 +189,12 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _check_kind_of_problems(args: argparse.Namespace) -> None:
-    own = args.dataset_name is not None
-    says = "is about the benchmarks, and cannot be combined with --dataset_name"
-    if not own:
-        says = "needs --dataset_name, the problems of your own"
-    for flag in BENCHMARK_FLAGS if own else PROBLEM_FLAGS:
+    flags: tuple[str, ...]
+    if args.dataset_name is None:
+        flags, says = PROBLEM_FLAGS, "needs --dataset_name, the problems of your own"
+    else:
+        flags, says = BENCHMARK_FLAGS, "is about the benchmarks, and cannot be combined with --dataset_name"
+    for flag in flags:
         if getattr(args, flag) is not None:
             raise EvaluationError(f"--{flag} {says}.")
     args.thought = args.thought or "optional"

@@ -46,8 +46,8 @@ With {versions}. {licence}
 """
 COLUMNS = {
     "prompt": "the problem",
-    "completion": "the demonstration",
-    "demonstrations": "the demonstrations, one or more",
+    "completion": "the demonstration; null: there is none",
+    "demonstrations": "the demonstrations, if there are any",
     "solution": "the gold answer",
     "source": "where the source says the problem is from",
     "id": "the source's own name of the row",

@@ -122,8 +122,9 @@ class Benchmarks:
 
     def score_tables(self, row: tables.ModelRow, summaries: Mapping[str, tables.Summary]) -> list[tables.Table]:
         rows = [*self.compared, row]
-        return [
+        scores = [
             tables.score_table(group.title, rows, group.benchmarks, group.name, self.labels)
             for group in self.catalog.groups.values()
             if set(group.benchmarks) & set(summaries)
         ]
+        return scores + tables.at_k_table({self.labels[name]: summary for name, summary in summaries.items()})

@@ -77,11 +77,17 @@ def read_results(directory: str) -> OtherResults:
 def _summary(fields: Mapping[str, Any]) -> Summary:
     """Raises TypeError if they are not a summary's."""
     rewards = {str(name): _mean(of_reward) for name, of_reward in fields.get("rewards", {}).items()}
-    numbers = {name: value for name, value in fields.items() if name != "rewards"}
+    passed, majority = _shares(fields.get("pass_at", {})), _shares(fields.get("majority_at", {}))
+    tables = ("rewards", "pass_at", "majority_at")
+    numbers = {name: value for name, value in fields.items() if name not in tables}
     unknown = [name for name in ("stderr", "unanswered") if fields.get(name) is None]
     if not all(isinstance(value, int | float) for name, value in numbers.items() if name not in unknown):
         raise TypeError("a summary's fields are numbers")
-    return Summary(**numbers, rewards=rewards)
+    return Summary(**numbers, rewards=rewards, pass_at=passed, majority_at=majority)
+
+
+def _shares(values: Mapping[str, Any]) -> dict[str, float]:
+    return {str(int(k)): float(value) for k, value in values.items()}
 
 
 def _mean(fields: Mapping[str, Any]) -> Mean:

@@ -14,6 +14,9 @@ LINE_START = b'{"task": "'
 SHOWN = 200
 
 
+Key = tuple[str, int, int]  # of a sample: task, doc_id, repeat
+
+
 @dataclass
 class Sample:
     """One response. `tokens` counts its end-of-sequence token; `truncated`: it reached max_new_tokens instead."""
@@ -35,7 +38,7 @@ class Sample:
     rewards: dict | None = None
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> Key:
         return self.task, self.doc_id, self.repeat
 
 

@@ -59,6 +59,8 @@ class OwnProblems:
         self.repeats = {self.name: 1 if args.temperature == 0 else args.n_samples or 1}
         self.is_conversation = isinstance(dataset[0]["prompt"], list)
         self.notes = [] if args.limit is None else [f"Note: --limit {args.limit}: only the first problems were used."]
+        if args.temperature == 0 and args.n_samples not in (None, 1):
+            self.notes.append("Note: --temperature 0 is greedy: one sample a problem, whatever --n_samples says.")
         self._fingerprint = _fingerprint(dataset)
         self.compared = self._compared(args.compare)
         self.reader = self._reader(model_args)
@@ -159,7 +161,8 @@ class OwnProblems:
         for other, summary in self.compared.items():
             if summary.problems != summaries[self.name].problems:
                 self.notes.append(f"Note: {other} has {summary.problems} problems of {self.name}: another --limit.")
-        return [tables.own_table(self.name, {**self.compared, row.name: summaries[self.name]})]
+        side_by_side = {**self.compared, row.name: summaries[self.name]}
+        return [tables.own_table(self.name, side_by_side), *tables.at_k_table(side_by_side)]
 
     def _compared(self, directories: Sequence[str]) -> dict[str, tables.Summary]:
         compared = {}

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -53,32 +52,43 @@ class Evaluation:
     Args:
         model_args: of `model_arguments`, which has checked that there is such a model.
         problems: what it is evaluated on.
+        processes: how many were launched together, to share the samples.
 
     Raises:
         EvaluationError: if the output directory cannot be used.
     """
 
-    def __init__(self, args: argparse.Namespace, model_args: dict[str, Any], problems: ProblemSets):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise EvaluationError(
-                "it runs in one process: for several GPUs use --backend vllm with --tensor_parallel_size."
-            )
+    def __init__(
+        self, args: argparse.Namespace, model_args: dict[str, Any], problems: ProblemSets, processes: int = 1
+    ):
         self.args, self.model_args, self.problems = args, model_args, problems
+        if args.k and max(args.k) > max(problems.repeats.values()):
+            raise EvaluationError(
+                f"--k {max(args.k)}: there are at most {max(problems.repeats.values())} samples a problem. Raise "
+                "--n_samples (and --temperature, if it is 0)."
+            )
         self.name = args.name or Path(args.adapter or args.model).name
         for name in (RESULTS, TABLES):
             if (Path(args.output_dir) / name).is_dir():
                 raise EvaluationError(f"--output_dir {args.output_dir}: {name} is a directory there. Move it away.")
+        # A chunk for each, where there are few samples
+        share = -(-self._wanted() // processes)
+        self.chunk_size = args.chunk_size or min(DEFAULT_CHUNK_SIZE[args.backend], share)
         self.store = SampleStore(args.output_dir, self._settings())
 
     def run(self) -> str:
-        """Make the missing samples, score all, write the results. Returns the tables as text."""
+        """Make the missing samples, score all, write the results. Returns the tables as text.
+
+        Raises:
+            LeftToOthersError: if other processes are still at work in the directory: the last of them scores.
+        """
         print(self.kept(), flush=True)
         kept, wanted = self._progress()
         sampler = Sampler(
             None if kept == wanted else load_model(self.args, self.model_args),  # to score anew, no model is needed
             self.store,
             self.args.seed,
-            self.args.chunk_size or DEFAULT_CHUNK_SIZE[self.args.backend],
+            self.chunk_size,
         )
         return self._report(self.problems.sample_and_score(sampler))
 
@@ -91,8 +101,10 @@ class Evaluation:
 
     def _progress(self) -> tuple[int, int]:
         """Samples of this evaluation that are kept, and all that it takes."""
-        wanted = sum(self.problems.count(name) * repeats for name, repeats in self.problems.repeats.items())
-        return sum(self._is_wanted(sample) for sample in self.store.samples.values()), wanted
+        return sum(self._is_wanted(sample) for sample in self.store.samples.values()), self._wanted()
+
+    def _wanted(self) -> int:
+        return sum(self.problems.count(name) * repeats for name, repeats in self.problems.repeats.items())
 
     def _is_wanted(self, sample: Sample) -> bool:
         """Whether a kept sample is of this evaluation: another may have been longer."""
@@ -126,7 +138,7 @@ class Evaluation:
         samples: dict[str, list[Sample]] = {name: [] for name in self.problems.repeats}
         for sample in filter(self._is_wanted, self.store.samples.values()):
             samples[sample.task].append(sample)
-        summaries = {name: tables.summarize(of_set) for name, of_set in samples.items()}
+        summaries = {name: tables.summarize(of_set, self.args.k) for name, of_set in samples.items()}
         row = tables.row(self.name, summaries, self.problems.groups)
         made = [
             *self.problems.score_tables(row, summaries),

@@ -23,16 +23,44 @@ class Sampler:
         self.backend, self.store, self.seed, self.chunk_size = backend, store, seed, chunk_size
 
     def make(self, requests: Sequence[Request]) -> None:
-        """Make and keep what is missing."""
+        """Make and keep what is missing, beside other processes that do so. Returns in the last one, which scores.
+
+        Raises:
+            LeftToOthersError: if other processes are still at work.
+        """
         if self.backend is None:
+            self.store.be_last()
             return
         _check_lengths(self.backend, requests)
-        missing = [request for request in requests if not self._is_kept(request)]
-        with tqdm(total=len(requests), initial=len(requests) - len(missing), desc="Samples", unit="") as bar:
-            for start in range(0, len(missing), self.chunk_size):
-                chunk = missing[start : start + self.chunk_size]
-                self.store.append(self._sampled(self.backend, chunk))
-                bar.update(len(chunk))
+        # Whole chunks, whatever is missing: the same ones in every process, and after a restart
+        chunks = [requests[start : start + self.chunk_size] for start in range(0, len(requests), self.chunk_size)]
+        with tqdm(total=len(requests), initial=self._kept(requests), desc="Samples", unit="") as bar:
+            self._make_all(self.backend, chunks, bar)
+            self.store.be_last()
+            self._make_all(self.backend, chunks, bar)  # what a process had claimed that was killed just now
+
+    def _make_all(self, backend: ReportsLengths, chunks: Sequence[Sequence[Request]], bar: tqdm) -> None:
+        """All that other processes are not at: again and again, since one of them may end without a result."""
+        while self._make_missing(backend, chunks, bar):
+            pass
+
+    def _make_missing(self, backend: ReportsLengths, chunks: Sequence[Sequence[Request]], bar: tqdm) -> int:
+        """One way through the chunks that no other process is at. Returns how many samples were made."""
+        made = 0
+        for chunk in chunks:
+            missing = [request for request in chunk if not self._is_kept(request)]
+            if not missing:
+                continue
+            with self.store.claimed([request.key for request in missing]) as mine:
+                missing = [request for request in missing if request.key in mine]
+                if missing:
+                    self.store.append(self._sampled(backend, missing))
+                made += len(missing)
+            bar.update(self._kept([request for of_chunk in chunks for request in of_chunk]) - bar.n)
+        return made
+
+    def _kept(self, requests: Sequence[Request]) -> int:
+        return sum(request.key in self.store.samples for request in requests)
 
     def _sampled(self, backend: ReportsLengths, requests: Sequence[Request]) -> list[Sample]:
         responses = backend.sample(requests, self.seed)

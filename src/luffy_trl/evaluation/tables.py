@@ -2,11 +2,13 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..reporting.tables_and_curves import text_table
 from . import EvaluationError
+from .at_k import RIGHT, mean_majority_at_k, mean_pass_at_k
 from .lines import Sample
 
 
@@ -38,6 +40,9 @@ class Summary:
     # Of a user's own problems: each reward function's, and the samples for which the deciding one gave nothing
     rewards: Mapping[str, Mean] = field(default_factory=dict)
     ungraded: int = 0
+    # k -> share, for each k that was asked for and that the samples are enough for
+    pass_at: Mapping[str, float] = field(default_factory=dict)
+    majority_at: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,11 @@ def mean_over_problems(values: Sequence[tuple[int, float | None]]) -> Mean:
     return Mean(mean, None if variance is None else math.sqrt(variance / n), missing)
 
 
-def summarize(samples: Sequence[Sample]) -> Summary:
+def summarize(samples: Sequence[Sample], ks: Sequence[int] = ()) -> Summary:
     """
     Args:
         samples: scored, as many for each problem.
+        ks: for which pass@k and maj@k are wanted.
 
     Raises:
         EvaluationError: if no sample has a score.
@@ -101,7 +107,33 @@ def summarize(samples: Sequence[Sample]) -> Summary:
         tokens=sum(sample.tokens for sample in samples) / len(samples),
         rewards={r: mean_over_problems([(s.doc_id, (s.rewards or {})[r]) for s in samples]) for r in rewards},
         ungraded=scores.not_applicable,
+        pass_at=_known({k: mean_pass_at_k(_by_problem(samples, _is_right), k) for k in ks}),
+        majority_at={}
+        if said_nothing
+        else _known({k: mean_majority_at_k(_by_problem(samples, _vote), k) for k in ks}),
     )
+
+
+def _by_problem(samples: Sequence[Sample], of: Callable[[Sample], Any]) -> list[list[Any]]:
+    """A value of each sample that was graded, problem by problem."""
+    by_problem = defaultdict(list)
+    for sample in samples:
+        if sample.score is not None:
+            by_problem[sample.doc_id].append(of(sample))
+    return list(by_problem.values())
+
+
+def _is_right(sample: Sample) -> bool:
+    return sample.score == 1
+
+
+def _vote(sample: Sample) -> Any:
+    """The graders found right answers equal, and write others that are equal alike."""
+    return RIGHT if _is_right(sample) else sample.answer or None
+
+
+def _known(values: Mapping[int, float | None]) -> dict[str, float]:
+    return {str(k): value for k, value in values.items() if value is not None}
 
 
 def row(name: str, summaries: Mapping[str, Summary], groups: Mapping[str, Sequence[str]]) -> ModelRow:
@@ -165,6 +197,22 @@ def response_table(summaries: Mapping[str, Summary], labels: Mapping[str, str]) 
         for task, s in summaries.items()
     ]
     return header, cells
+
+
+def at_k_table(summaries: Mapping[str, Summary]) -> list[Table]:
+    """pass@k and maj@k, if any was asked for; a line for each name of a summary."""
+    ks = sorted({int(k) for s in summaries.values() for k in s.pass_at})
+    if not ks:
+        return []
+    cells = [
+        [name, *(_share(values.get(str(k))) for values in (s.pass_at, s.majority_at) for k in ks)]
+        for name, s in summaries.items()
+    ]
+    return [(["At k samples", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks)], cells)]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def ungraded_notes(summaries: Mapping[str, Summary]) -> list[str]:
