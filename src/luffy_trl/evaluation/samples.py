@@ -12,22 +12,19 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..runs.kept_lines import LONGEST_LINE, End, append_lines, line_of, read_lines, record_from, shown
 from . import EvaluationError
 
 
 RUN_FILE = "run.json"
-# Bytes of the longest line that is read, and of run.json: a response of a million tokens has some ten million
-LONGEST_LINE = 1 << 26
-# What each line begins with, as `_line` writes it
+# What each line begins with
 LINE_START = b'{"task": "'
-# Of what a message shows of a damaged file, so many characters
-SHOWN = 200
 
 
 @dataclass
@@ -71,7 +68,7 @@ class SampleStore:
         self.directory = Path(output_dir)
         self.samples: dict[tuple[str, int, int], Sample] = {}
         self.half_written = 0
-        self._ends: list[tuple[Path, int, bytes]] = []  # file, how much of it is whole, what is missing behind it
+        self._ends: list[End] = []
         self._lock = FileLock(self.directory / ".lock", timeout=0)
         with self._writing():
             (self.directory / "samples").mkdir(parents=True, exist_ok=True)
@@ -106,17 +103,15 @@ class SampleStore:
             by_task.setdefault(sample.task, []).append(sample)
             self.samples[sample.key] = sample
         for task, of_task in by_task.items():
-            with self._writing(), open(self._path(task), "a", encoding="utf-8") as file:
-                file.write("".join(map(_line, of_task)))
-                file.flush()
-                os.fsync(file.fileno())
+            with self._writing():
+                append_lines(self._path(task), of_task)
 
     def rewrite(self, task: str) -> None:
         """Write a task's samples anew, in order, with what is known of them now."""
         of_task = sorted((s for s in self.samples.values() if s.task == task), key=lambda sample: sample.key)
         temporary = self._path(task).with_suffix(".tmp")
         with self._writing():
-            temporary.write_text("".join(map(_line, of_task)), encoding="utf-8")
+            temporary.write_text("".join(map(line_of, of_task)), encoding="utf-8")
             os.replace(temporary, self._path(task))
 
     def _path(self, task: str) -> Path:
@@ -125,34 +120,18 @@ class SampleStore:
     def _read(self, path: Path) -> None:
         if not path.is_file():  # a directory; a pipe, which nobody may ever write to
             raise EvaluationError(f"{path} is no file of samples. Move it out of there.")
-        whole = 0
-        with open(path, "rb") as file:
-            # No more than a line at a time: a file of another program may be one line without an end
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
-                try:
-                    sample = _sample(line, path.stem)
-                except (ValueError, RecursionError) as error:
-                    if isinstance(error, json.JSONDecodeError) and _is_half_written(
-                        line
-                    ):  # a kill in the middle of a write: generated again
-                        self.half_written += 1
-                        self._ends.append((path, whole, b""))
-                        return
-                    raise EvaluationError(
-                        f"{path}, line {number} is no sample ({error}). Remove the line, and it is generated again."
-                    ) from error
-                whole += len(line)
-                self.samples[sample.key] = sample
-                if not line.endswith(b"\n"):
-                    self._ends.append((path, whole, b"\n"))
+        try:
+            samples, end = read_lines(path, lambda line: _sample(line, path.stem), LINE_START, "sample")
+        except ValueError as error:
+            raise EvaluationError(str(error)) from error
+        self.samples |= {sample.key: sample for sample in samples}
+        if end is not None:
+            self.half_written += end.half_written  # a kill in the middle of a write: generated again
+            self._ends.append(end)
 
     def _mend_ends(self) -> None:
-        """Have each file end with a whole line, for others to be appended."""
-        for path, whole, missing in self._ends:
-            with open(path, "r+b") as file:
-                file.truncate(whole)
-                file.seek(whole)
-                file.write(missing)
+        for end in self._ends:
+            end.mend()
 
     def _check_manifest(self, settings: dict[str, Any]) -> dict[str, Any]:
         path = self.directory / RUN_FILE
@@ -196,58 +175,17 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 def _sample(line: bytes, task: str) -> Sample:
     """The sample that a line of a task's file holds. Raises ValueError or RecursionError if it is none."""
-    if len(line) == LONGEST_LINE:
-        raise ValueError(f"it has {LONGEST_LINE} bytes and more")
-    values = json.loads(line.decode())
-    if not isinstance(values, dict):
-        raise ValueError(f"it is {_shown(values)}, expected an object")
-    known = {field.name: field for field in fields(Sample)}
-    if missing := [name for name, field in known.items() if field.default is MISSING and name not in values]:
-        raise ValueError(f"it has no `{missing[0]}`")
-    for name, value in values.items():
-        if name not in known:
-            raise ValueError(f"it has {_shown(name)}, which no sample has")
-        if not _is_of(known[name].type, value):
-            raise ValueError(f"`{name}` is {_shown(value)}, expected {EXPECTED[known[name].type]}")
-    if values["task"] != task:
-        raise ValueError(f"`task` is {_shown(values['task'])}, in the file of {task!r}")
-    return Sample(**values)
-
-
-EXPECTED: dict[Any, str] = {
-    str: "a text", int: "a whole number, 0 or more", bool: "true or false", str | None: "a text",
-    float | None: "a number",
-}  # fmt: skip
-
-
-def _is_of(kind: Any, value: Any) -> bool:
-    if kind is int:
-        return type(value) is int and value >= 0
-    return isinstance(value, kind) or (kind == float | None and type(value) is int)
-
-
-def _is_half_written(line: bytes) -> bool:
-    """Whether a line without an end is the beginning of a sample, or what a loss of power has left of it."""
-    written = line.rstrip(b"\0")
-    return not line.endswith(b"\n") and len(line) < LONGEST_LINE and written.startswith(LINE_START[: len(written)])
+    sample = record_from(line, Sample, "sample")
+    if sample.task != task:
+        raise ValueError(f"`task` is {shown(sample.task)}, in the file of {task!r}")
+    return sample
 
 
 def _differences(kept: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     different = [
-        f"{name} {_shown(kept.get(name))} instead of {value!r}"
+        f"{name} {shown(kept.get(name))} instead of {value!r}"
         for name, value in settings.items()
         if name != "data" and kept.get(name) != value
     ]
     changed = [task for task, value in settings["data"].items() if kept["data"].get(task, value) != value]
     return different + [f"other problems for {task}" for task in changed]
-
-
-def _shown(value: Any) -> str:
-    """On one line, and cut: nobody knows what stands in a damaged file."""
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
-
-def _line(sample: Sample) -> str:
-    # ensure_ascii: no response can hold a line break of its own, nor a lone surrogate that cannot be written
-    return json.dumps({name: value for name, value in asdict(sample).items() if value is not None}) + "\n"
