@@ -385,8 +385,8 @@ def test_a_stream_that_breaks_later_leaves_nothing_behind(tmp_path, capsys):
         (["--max-tokens", "0"], "'0' must be a whole number of 1 or more"),
         (["--ngram-size", "-1"], "--ngram-size -1 must be 0 or more"),
         (["--trust-source"], "has no verdicts of its own"),
-        (["--push-to-hub", "a/b/c"], "--push-to-hub a/b/c: Repo id must be in the form"),
-        (["--public"], "--push-to-hub, which is missing"),
+        (["--push-to-hub", "a/b/c"], "--push_to_hub a/b/c: Repo id must be in the form"),
+        (["--public"], "--push_to_hub, which is missing"),
         (["--no_such_flag"], "unrecognized arguments: --no-such-flag"),
         (["--system-prompt", "Think."], "--system-prompt needs messages"),
         (

@@ -16,7 +16,8 @@ from datasets import Features
 from filelock import FileLock, Timeout
 
 
-DROPPED_FILE = "dropped.jsonl"
+# Lists of what was left out, of prepare-data and of make-demonstrations: no data
+DROPPED_FILE, REJECTED_FILE = "dropped.jsonl", "rejected.jsonl"
 OWN_FILES = re.compile(rf"README\.md|{re.escape(DROPPED_FILE)}|data|data/train-\d{{5,}}\.parquet")
 # Of text in memory; about a third of it on disk. Many readers, and the Hub's viewer, take whole files.
 SHARD_BYTES = 1_000_000_000

@@ -1,0 +1,99 @@
+"""Answers become candidates: written as the student would, and graded; in the background, while others still come."""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeAlias
+
+from .answers import Answer, Key
+from .grading import Grader
+from .problems import Problem
+from .selection import TEMPLATE, Candidate, candidate, settle
+from .student import Student
+
+
+# Candidates graded in one call of the reward functions
+GRADED_AT_ONCE = 64
+
+Place: TypeAlias = tuple[int, Key]
+
+
+class Judge:
+    """
+    Args:
+        grader: the rewards.
+        student: whose template and tokens demonstrations have to fit; None: they are not looked at.
+    """
+
+    def __init__(self, grader: Grader, student: Student | None, problems: Sequence[Problem]):
+        self.grader, self.student = grader, student
+        self.candidates: dict[Place, Candidate] = {}  # by row and answer
+        self.right = self.graded = 0
+        self._rows: dict[str, list[Problem]] = {}
+        for problem in problems:
+            self._rows.setdefault(problem.key, []).append(problem)
+
+    def judge(self, answers: Iterable[Answer], tell: Callable[[int], None] = lambda count: None) -> None:
+        """Make candidates of answers, one for each row that asks their question.
+
+        Args:
+            tell: is called with the number of candidates that have just been judged.
+        """
+        places = [(problem, answer) for answer in answers for problem in self._rows.get(answer.problem, [])]
+        new = [place for place in places if (place[0].row, place[1].key) not in self.candidates]
+        for start in range(0, len(new), GRADED_AT_ONCE):
+            chunk = new[start : start + GRADED_AT_ONCE]
+            self._judge_together(chunk)
+            tell(len(chunk))
+
+    def _judge_together(self, places: Sequence[tuple[Problem, Answer]]) -> None:
+        made = [(problem, self._made(problem, answer)) for problem, answer in places]
+        graded = [(problem, one) for problem, one in made if one.rejected is None]
+        if graded:
+            problems, candidates = zip(*graded, strict=True)
+            ids = [one.ids or one.answer.token_ids or [] for one in candidates]
+            verdicts = self.grader.grade(problems, [one.text for one in candidates], ids)
+            for one, verdict in zip(candidates, verdicts, strict=True):
+                settle(one, verdict)
+        self.graded += len(made)
+        self.right += sum(one.rejected is None for _, one in made)
+        self.candidates |= {(problem.row, one.answer.key): one for problem, one in made}
+
+    def _made(self, problem: Problem, answer: Answer) -> Candidate:
+        made = candidate(answer)
+        if made.rejected is None and self.student is not None:
+            try:
+                made.ids = self.student.token_ids(problem.prompt, made.text)
+            except ValueError as error:
+                made.reject(TEMPLATE, str(error))
+        return made
+
+
+class InBackground:
+    """A judge in a thread of its own, for answers while they arrive."""
+
+    def __init__(self, judge: Judge):
+        self.judge = judge
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="judge")
+        self._under_way: list[Future] = []
+
+    def __enter__(self) -> "InBackground":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self._thread.shutdown(wait=kind is None, cancel_futures=kind is not None)
+        if kind is None:
+            self._raise_errors()
+
+    def take(self, answers: Sequence[Answer]) -> None:
+        """
+        Raises:
+            ValueError: of the rewards, for answers that were taken before.
+        """
+        self._raise_errors()
+        self._under_way.append(self._thread.submit(self.judge.judge, list(answers)))
+
+    def _raise_errors(self) -> None:
+        done = [future for future in self._under_way if future.done()]
+        self._under_way = [future for future in self._under_way if not future.done()]
+        for future in done:
+            future.result()
