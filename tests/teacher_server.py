@@ -1,9 +1,9 @@
 """An OpenAI-compatible server on 127.0.0.1 whose answers are scripted, with faults to order.
 
-    with TeacherServer(lambda body: Reply("\\boxed{4}")) as server:
-        server.fault(status=429, headers={"Retry-After": "0.2"}, times=2)
-        ...
-    assert len(server.bodies) == 3
+with TeacherServer(lambda body: Reply("\\boxed{4}")) as server:
+    server.fault(status=429, headers={"Retry-After": "0.2"}, times=2)
+    ...
+assert len(server.bodies) == 3
 """
 
 import json
@@ -161,3 +161,15 @@ def boxed_reward(completions: list, solution: list, **kwargs: Any) -> list[float
     """1 for the solution in a box, at the end of a text or of an assistant's message."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     return [float(f"\\boxed{{{gold}}}" in text) for text, gold in zip(texts, solution, strict=True)]
+
+
+def any_reward(completions: list, **kwargs: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+def broken_reward(completions: list, **kwargs: Any) -> list[float]:
+    raise KeyError("no")
+
+
+def token_reward(completions: list, completion_ids: list, **kwargs: Any) -> list[float]:
+    return [float(len(ids)) for ids in completion_ids]

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from datasets import Dataset
+from huggingface_hub.errors import HFValidationError
 
 from ..advantages import TOTAL, deciding_reward
 from ..checks import ANSWER_REWARDS, check_reward_inputs, needed_columns, reward_name
@@ -84,9 +85,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature {args.temperature} must be 0 or more.")
     if args.temperature == 0 and args.num_samples > 1:
-        raise ValueError(
-            f"--temperature 0 gives one answer again and again: --num_samples {args.num_samples} is 1 then."
-        )
+        raise ValueError("--temperature 0 gives the same answer each time: add --num_samples 1 to it.")
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top_p {args.top_p} must be above 0 and at most 1.")
     if not 0 < args.timeout < float("inf"):
@@ -192,11 +191,18 @@ def _arguments(function: Callable) -> Sequence[str]:
 def _student(args: argparse.Namespace, dataset: Dataset) -> Student | None:
     if args.student is None:
         return None
-    refuse_adapter(f"--student {args.student}", args.student)
+    _refuse_adapter("--student", args.student)
     student = Student(args.student, args.dtype, args.device)
     for sentence in student.check(dataset):
         print(f"Note: {sentence}", flush=True)
     return student
+
+
+def _refuse_adapter(flag: str, model: str) -> None:
+    try:
+        refuse_adapter(f"{flag} {model}", model)
+    except HFValidationError as error:
+        raise ValueError(f"{flag} {model}: there is no such directory, and it is no name on the Hub.") from error
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
@@ -216,7 +222,7 @@ def _servers(args: argparse.Namespace) -> list[Server]:
 def _models(args: argparse.Namespace) -> list[LocalTeacher]:
     made: list[LocalTeacher] = []
     for path in args.teacher_model_name_or_path:
-        refuse_adapter(f"--teacher_model_name_or_path {path}", path)
+        _refuse_adapter("--teacher_model_name_or_path", path)
         name = Path(path).resolve().name if Path(path).is_dir() else path
         own: dict[str, Any] = {"name": name, "path": path, "sampling": _sampling(args), "dtype": args.dtype}
         if args.teacher_backend == "vllm":

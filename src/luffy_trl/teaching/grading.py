@@ -81,7 +81,8 @@ class Grader:
         arguments["log_extra"] = lambda name, values: logged.update({name: values})
         arguments["log_metric"] = lambda name, value: None
         columns = [self._call(*named, arguments) for named in zip(self.checked, self.names, strict=True)]
-        per_func = torch.tensor(columns, dtype=torch.float32).T  # (N, F); None is NaN
+        values = [[torch.nan if reward is None else reward for reward in column] for column in columns]
+        per_func = torch.tensor(values, dtype=torch.float32).T  # (N, F)
         rewards = [dict(zip(self.names, row, strict=True)) for row in zip(*columns, strict=True)]
         found = [{name: values[i] for name, values in logged.items()} for i in range(len(texts))]
         verdicts = zip(self._solved(per_func), rewards, found, strict=True)

@@ -1,8 +1,10 @@
 """Answers become candidates: written as the student would, and graded; in the background, while others still come."""
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
+
+from tqdm.auto import tqdm
 
 from .answers import Answer, Key
 from .grading import Grader
@@ -69,31 +71,33 @@ class Judge:
 
 
 class InBackground:
-    """A judge in a thread of its own, for answers while they arrive."""
+    """A judge in a thread of its own, for answers while they arrive.
+
+    Where a reward function fails, that is said at once, and raised at the end: the answers that still come are paid
+    for, and can be graded later.
+    """
 
     def __init__(self, judge: Judge):
         self.judge = judge
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="judge")
-        self._under_way: list[Future] = []
+        self._failed: ValueError | None = None
 
     def __enter__(self) -> "InBackground":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self._thread.shutdown(wait=kind is None, cancel_futures=kind is not None)
-        if kind is None:
-            self._raise_errors()
+        if kind is None and self._failed is not None:
+            raise self._failed
 
     def take(self, answers: Sequence[Answer]) -> None:
-        """
-        Raises:
-            ValueError: of the rewards, for answers that were taken before.
-        """
-        self._raise_errors()
-        self._under_way.append(self._thread.submit(self.judge.judge, list(answers)))
+        self._thread.submit(self._judge, list(answers))
 
-    def _raise_errors(self) -> None:
-        done = [future for future in self._under_way if future.done()]
-        self._under_way = [future for future in self._under_way if not future.done()]
-        for future in done:
-            future.result()
+    def _judge(self, answers: list[Answer]) -> None:
+        if self._failed is not None:
+            return
+        try:
+            self.judge.judge(answers)
+        except ValueError as error:
+            self._failed = error
+            tqdm.write(f"{error} The answers that still come are kept too.")
