@@ -67,8 +67,7 @@ class TeacherServer:
         self.faults: list[Fault] = []
         self.under_way = self.most_at_once = 0
         self.lock, self.closing = threading.Lock(), threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self.server.daemon_threads = True
+        self.server = _Server(("127.0.0.1", 0), _handler(self))
 
     @property
     def url(self) -> str:
@@ -103,6 +102,11 @@ class TeacherServer:
                     fault.times = None if fault.times is None else fault.times - 1
                     return fault
         return None
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # connections that nobody has taken yet: more are reset
 
 
 def _handler(teacher: TeacherServer) -> type[BaseHTTPRequestHandler]:

@@ -13,7 +13,7 @@ from ..runs.stopping import STOPPED_STATUS
 from .datasets_out import positive, push_dataset
 
 
-DESCRIPTION = (
+WHAT_IT_DOES = (
     "Have stronger models solve a dataset's problems, keep the right solutions as demonstrations, and write them as "
     "the trainer reads them. Every answer is kept: a run that was stopped goes on where it was."
 )
@@ -49,15 +49,15 @@ def _make(args: argparse.Namespace, argv: Sequence[str]) -> None:
 
     made = making(args, argv)
     try:
-        tally = made.run()
+        account = made.run()
     except KeyboardInterrupt:
         sys.exit(f"\nInterrupted. {made.asking.kept()} The same command goes on from there.")
     except ServerGoneError as gone:
         print(f"\n{gone} {made.asking.kept()} The same command goes on from there.", file=sys.stderr)
         sys.exit(STOPPED_STATUS)
-    print(f"\n{summary(tally, sum(server.missed for server in made.servers))}")
+    print(f"\n{summary(account, sum(server.missed for server in made.servers))}")
     print(f"Dataset, card and rejected.jsonl: {args.output_dir}")
-    if tally.solved:
+    if account.solved:
         print(
             f"Train on it with: luffy-trl train --dataset_name {args.output_dir} --reward_funcs "
             f"{' '.join(args.reward_funcs or ['letter_walk_reward'])} ...",
@@ -70,7 +70,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         f"{prog} --dataset_name DATA --teacher_url URL --teacher_model NAME --reward_funcs NAME --output_dir DIR "
         "[--FLAG VALUE ...]"
     )
-    parser = argparse.ArgumentParser(prog=prog, usage=usage, description=DESCRIPTION, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=prog, usage=usage, description=WHAT_IT_DOES, allow_abbrev=False)
     _add_data(parser)
     _add_teachers(parser)
     _add_sampling(parser)

@@ -10,7 +10,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from datasets import Dataset
-from huggingface_hub.errors import HFValidationError
 
 from ..advantages import TOTAL, deciding_reward
 from ..checks import ANSWER_REWARDS, check_reward_inputs, needed_columns, reward_name
@@ -43,9 +42,9 @@ def check(args: argparse.Namespace) -> None:
     """
     _check_teachers(args)
     _check_numbers(args)
-    for flag in ("select", "logprobs"):
-        if getattr(args, flag) in ("probable", True) and args.student is None:
-            raise ValueError(f"--{flag} needs --student: which model will be trained on the demonstrations?")
+    needs_student = [flag for flag, given in _read_by_the_student(args).items() if given]
+    if needs_student and args.student is None:
+        raise ValueError(f"{needs_student[0]} needs --student: which model will be trained on the demonstrations?")
     if args.logprobs and (args.max_demonstrations or 1) > 1:
         raise ValueError(
             f"--logprobs go with one demonstration a problem, in the column `completion`, and --max_demonstrations is "
@@ -53,6 +52,10 @@ def check(args: argparse.Namespace) -> None:
         )
     check_push(args)
     check_place(args.output_dir)
+
+
+def _read_by_the_student(args: argparse.Namespace) -> dict[str, bool]:
+    return {"--select probable": args.select == "probable", "--logprobs": args.logprobs}
 
 
 def _check_teachers(args: argparse.Namespace) -> None:
@@ -201,8 +204,10 @@ def _student(args: argparse.Namespace, dataset: Dataset) -> Student | None:
 def _refuse_adapter(flag: str, model: str) -> None:
     try:
         refuse_adapter(f"{flag} {model}", model)
-    except HFValidationError as error:
-        raise ValueError(f"{flag} {model}: there is no such directory, and it is no name on the Hub.") from error
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {model}: there is no such directory, and nothing to be had from the Hub: {error}"
+        ) from error
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:

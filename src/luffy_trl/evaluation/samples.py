@@ -121,7 +121,7 @@ class SampleStore:
         if not path.is_file():  # a directory; a pipe, which nobody may ever write to
             raise EvaluationError(f"{path} is no file of samples. Move it out of there.")
         try:
-            samples, end = read_lines(path, lambda line: _sample(line, path.stem), LINE_START, "sample")
+            samples, end = read_lines(path, lambda line, _: _sample(line, path.stem), LINE_START, "sample")
         except ValueError as error:
             raise EvaluationError(str(error)) from error
         self.samples |= {sample.key: sample for sample in samples}

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ EXPECTED: dict[Any, str] = {
 }  # fmt: skip
 ELEMENTS: dict[Any, type] = {list[int] | None: int, list[float] | None: float, list[str] | None: str}
 
-Record = TypeVar("Record")
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -46,25 +47,26 @@ class End:
 
 
 def read_lines(
-    path: Path, read: Callable[[bytes], Record], start: bytes, what: str
-) -> tuple[list[Record], End | None]:
+    path: Path, read: Callable[[bytes, int], Kept], start: bytes, what: str
+) -> tuple[list[Kept], End | None]:
     """The records of a file, and its end, if that has to be mended.
 
     Args:
-        read: a record from its line; raises ValueError or RecursionError for what is none.
+        read: a record from its line, and where that begins in the file; raises ValueError or RecursionError for what
+            is none.
         start: what each line begins with.
         what: a record is called in messages.
 
     Raises:
         ValueError: naming the line that is no record. Nothing is changed.
     """
-    records: list[Record] = []
+    records: list[Kept] = []
     whole = 0
     with open(path, "rb") as file:
         # No more than a line at a time: a file of another program may be one line without an end
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
             try:
-                records.append(read(line))
+                records.append(read(line, whole))
             except (ValueError, RecursionError) as error:
                 if isinstance(error, json.JSONDecodeError) and _is_half_written(line, start):
                     return records, End(path, whole, b"", half_written=True)
@@ -77,12 +79,21 @@ def read_lines(
     return records, None
 
 
-def append_lines(path: Path, records: Iterable[Any]) -> None:
-    """Safe from a kill, and from a loss of power, once this returns."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(map(line_of, records)))
+def append_lines(path: Path, records: Iterable[Any]) -> list[int]:
+    """Safe from a kill, and from a loss of power, once this returns where each line begins."""
+    lines = [line_of(record).encode() for record in records]
+    with open(path, "ab") as file:
+        starts = list(accumulate(map(len, lines), initial=file.tell()))
+        file.write(b"".join(lines))
         file.flush()
         os.fsync(file.fileno())
+    return starts[:-1]
+
+
+def line_at(path: Path, start: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.readline(LONGEST_LINE)
 
 
 def line_of(record: Any) -> str:
@@ -90,7 +101,7 @@ def line_of(record: Any) -> str:
     return json.dumps({name: value for name, value in asdict(record).items() if value is not None}) + "\n"
 
 
-def record_from(line: bytes, kind: type[Record], what: str) -> Record:
+def record_from(line: bytes, kind: type[Kept], what: str) -> Kept:
     """The record of a line. Raises ValueError or RecursionError if it is none."""
     if len(line) == LONGEST_LINE:
         raise ValueError(f"it has {LONGEST_LINE} bytes and more")

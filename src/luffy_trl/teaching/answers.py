@@ -10,11 +10,11 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..runs.kept_lines import LONGEST_LINE, append_lines, read_lines, record_from, shown
+from ..runs.kept_lines import LONGEST_LINE, append_lines, line_at, read_lines, record_from, shown
 
 
 # Neither `datasets` nor our own reader looks into a directory whose name begins so
@@ -69,12 +69,14 @@ class AnswerStore:
 
     def __init__(self, output_dir: Path, settings: Mapping[str, Mapping[str, Any]]):
         self.directory = output_dir / ANSWERS_DIR
-        self.answers: dict[Key, Answer] = {}
+        self.answers: dict[Key, Answer] = {}  # without their tokens, which may be large
         self.half_written = 0
+        self._places: dict[Key, tuple[Path, int]] = {}
         ends = []
         for path in sorted(self.directory.glob("*.jsonl")):
-            found, end = read_lines(path, lambda line: record_from(line, Answer, "answer"), START_OF_ANSWERS, "answer")
-            self.answers |= {answer.key: answer for answer in found}
+            found, end = read_lines(path, _answer_and_start, START_OF_ANSWERS, "answer")
+            for answer, start in found:
+                self._remember(answer, path, start)
             ends += [end] if end else []
         made_with = self._checked(output_dir, settings)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -88,8 +90,17 @@ class AnswerStore:
     def append(self, answers: Iterable[Answer]) -> None:
         """Keep answers of one teacher, safe from a kill once this returns."""
         answers = list(answers)
-        append_lines(self.directory / f"{file_stem(answers[0].teacher)}.jsonl", answers)
-        self.answers |= {answer.key: answer for answer in answers}
+        path = self.directory / f"{file_stem(answers[0].teacher)}.jsonl"
+        for answer, start in zip(answers, append_lines(path, answers), strict=True):
+            self._remember(answer, path, start)
+
+    def whole(self, key: Key) -> Answer:
+        """An answer with its tokens and log-probs."""
+        return record_from(line_at(*self._places[key]), Answer, "answer")
+
+    def _remember(self, answer: Answer, path: Path, start: int) -> None:
+        self.answers[answer.key] = replace(answer, token_ids=None, tokens=None, logps=None)
+        self._places[answer.key] = path, start
 
     def _checked(self, output_dir: Path, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """All settings, of before and now, once those of teachers whose answers are kept agree."""
@@ -117,6 +128,10 @@ class AnswerStore:
                 f"made, cannot be read ({error}). Choose another --output_dir."
             ) from error
         return before
+
+
+def _answer_and_start(line: bytes, start: int) -> tuple[Answer, int]:
+    return record_from(line, Answer, "answer"), start
 
 
 def file_stem(teacher: str) -> str:

@@ -65,7 +65,7 @@ class Asking:
             def keep(answers: Sequence[Answer]) -> None:
                 for teacher in dict.fromkeys(answer.teacher for answer in answers):
                     self.store.append(answer for answer in answers if answer.teacher == teacher)
-                judge.take(answers)
+                judge.take([self.store.answers[answer.key] for answer in answers])
                 self._show(bar, answers)
 
             asyncio.run(ask_servers([(server, missing[server.name]) for server in self.servers], keep))

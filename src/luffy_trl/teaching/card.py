@@ -9,10 +9,10 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from ..data.publishing import COLUMNS, VERSIONS_OF, Source
 from ..runs.recipe import plain, shown_command
 from ..runs.redaction import known_secrets, redact_values
-from .finishing import Tally
+from .finishing import Account
 
 
-CARD = """
+CARD_TEXT = """
 # {name}
 
 Problems of {source} with demonstrations that {teachers} wrote, for reinforcement learning with LUFFY (arXiv
@@ -64,7 +64,7 @@ def dataset_card(
     load: str,
     source: Source,
     columns: Sequence[str],
-    tally: Tally,
+    account: Account,
     settings: Mapping[str, Mapping[str, Any]],
     right_if: str,
     argv: Sequence[str],
@@ -77,18 +77,18 @@ def dataset_card(
         argv: the command's arguments.
         secrets: of the teachers.
     """
-    text = CARD.format(
+    text = CARD_TEXT.format(
         name=name,
         load=load,
         source=source.text,
         teachers=", ".join(f"`{teacher}`" for teacher in settings) or "nobody",
-        solved=f"{tally.solved:,} of {tally.problems:,} problems have one; the others stay without.",
+        solved=f"{account.solved:,} of {account.problems:,} problems have one; the others stay without.",
         columns="\n".join(f"| `{column}` | {MEANING.get(column, 'of the source')} |" for column in columns),
-        by_teacher=rows(tally.by_teacher()),
+        by_teacher=rows(account.by_teacher()),
         settings="\n".join(_asked_with(teacher, made, secrets) for teacher, made in settings.items()),
-        counts=rows(tally.table()),
+        counts=rows(account.table()),
         right_if=right_if,
-        logps=logps_sentence(tally),
+        logps=logps_sentence(account),
         command=shown_command(["luffy-trl", "make-demonstrations", *argv], secrets | known_secrets()),
         versions=", ".join(f"{package} {version(package)}" for package in VERSIONS_OF),
         licence=f"The licence of {source.title} is {source.licence or 'not known here: look it up'}.",
@@ -101,13 +101,13 @@ def rows(table: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
-def logps_sentence(tally: Tally) -> str:
+def logps_sentence(account: Account) -> str:
     """How many demonstrations have their teacher's log-probs, and why others have not."""
-    if not tally.with_logps and not tally.without_logps:
+    if not account.with_logps and not account.without_logps:
         return ""
-    reasons = ", ".join(f"{count:,} because {why}" for why, count in tally.without_logps.most_common())
+    reasons = ", ".join(f"{count:,} because {why}" for why, count in account.without_logps.most_common())
     without = f"; left out were {reasons}" if reasons else ""
-    return f"{tally.with_logps:,} demonstrations have their teacher's log-probs{without}."
+    return f"{account.with_logps:,} demonstrations have their teacher's log-probs{without}."
 
 
 def _asked_with(teacher: str, made: Mapping[str, Any], secrets: set[str]) -> str:

@@ -11,9 +11,9 @@ from transformers import TrainerState
 from trl.trainer.utils import is_async_callable
 
 from ..advantages import deciding_reward, solved_rollouts, total_rewards
-from ..demonstrations.encoding import without_demonstrations
+from ..demonstrations.encoding import as_completion, without_demonstrations
 from ..rewards.checked import checked
-from .problems import Problem, Prompt
+from .problems import Problem
 
 
 # Of what a reward function logs beside its rewards, a column that says what was taken for the answer
@@ -21,7 +21,7 @@ ANSWER_SUFFIX = "_answer"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Grade:
     """
     Attributes:
         solved: None where the reward that decides did not apply.
@@ -64,11 +64,10 @@ class Grader:
         self.deciding = deciding_reward(self.names, self.solved_reward)
         self.checked = [checked(function, name) for function, name in zip(self.functions, self.names, strict=True)]
         self.state = TrainerState()
-        # One column as a list is read in one piece
         self.read = self.dataset.remove_columns("prompt")
 
-    def grade(self, problems: Sequence[Problem], texts: Sequence[str], ids: Sequence[list[int]]) -> list[Verdict]:
-        """Verdicts on one text for each problem.
+    def grade(self, problems: Sequence[Problem], texts: Sequence[str], ids: Sequence[list[int]]) -> list[Grade]:
+        """Grades on one text for each problem.
 
         Args:
             ids: the texts as tokens, for functions that read them.
@@ -85,8 +84,8 @@ class Grader:
         per_func = torch.tensor(values, dtype=torch.float32).T  # (N, F)
         rewards = [dict(zip(self.names, row, strict=True)) for row in zip(*columns, strict=True)]
         found = [{name: values[i] for name, values in logged.items()} for i in range(len(texts))]
-        verdicts = zip(self._solved(per_func), rewards, found, strict=True)
-        return [Verdict(*verdict) for verdict in verdicts]
+        grades = zip(self._solved(per_func), rewards, found, strict=True)
+        return [Grade(*grade) for grade in grades]
 
     def _arguments(self, problems: Sequence[Problem], texts: Sequence[str], ids: Sequence[list[int]]) -> dict:
         rows = without_demonstrations([self.read[problem.row] for problem in problems])
@@ -116,8 +115,3 @@ class Grader:
         solved = solved_rollouts(judged, no_demonstrations, 1, self.solved_threshold).flatten()
         applied = ~judged.isnan()
         return [bool(is_right) if known else None for is_right, known in zip(solved, applied, strict=True)]
-
-
-def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
-    """The text in the prompt's form."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

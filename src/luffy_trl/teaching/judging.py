@@ -1,4 +1,4 @@
-"""Answers become candidates: written as the student would, and graded; in the background, while others still come."""
+"""Answers become drafts: written as the student would, and graded; in the background, while others still come."""
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +9,11 @@ from tqdm.auto import tqdm
 from .answers import Answer, Key
 from .grading import Grader
 from .problems import Problem
-from .selection import TEMPLATE, Candidate, candidate, settle
+from .selection import Draft, Rejection, draft, settle
 from .student import Student
 
 
-# Candidates graded in one call of the reward functions
+# Drafts graded in one call of the reward functions
 GRADED_AT_ONCE = 64
 
 Place: TypeAlias = tuple[int, Key]
@@ -28,20 +28,20 @@ class Judge:
 
     def __init__(self, grader: Grader, student: Student | None, problems: Sequence[Problem]):
         self.grader, self.student = grader, student
-        self.candidates: dict[Place, Candidate] = {}  # by row and answer
+        self.drafts: dict[Place, Draft] = {}  # by row and answer
         self.right = self.graded = 0
         self._rows: dict[str, list[Problem]] = {}
         for problem in problems:
             self._rows.setdefault(problem.key, []).append(problem)
 
     def judge(self, answers: Iterable[Answer], tell: Callable[[int], None] = lambda count: None) -> None:
-        """Make candidates of answers, one for each row that asks their question.
+        """Make drafts of answers, one for each row that asks their question.
 
         Args:
-            tell: is called with the number of candidates that have just been judged.
+            tell: is called with the number of drafts that have just been judged.
         """
         places = [(problem, answer) for answer in answers for problem in self._rows.get(answer.problem, [])]
-        new = [place for place in places if (place[0].row, place[1].key) not in self.candidates]
+        new = [place for place in places if (place[0].row, place[1].key) not in self.drafts]
         for start in range(0, len(new), GRADED_AT_ONCE):
             chunk = new[start : start + GRADED_AT_ONCE]
             self._judge_together(chunk)
@@ -51,22 +51,22 @@ class Judge:
         made = [(problem, self._made(problem, answer)) for problem, answer in places]
         graded = [(problem, one) for problem, one in made if one.rejected is None]
         if graded:
-            problems, candidates = zip(*graded, strict=True)
-            ids = [one.ids or one.answer.token_ids or [] for one in candidates]
-            verdicts = self.grader.grade(problems, [one.text for one in candidates], ids)
-            for one, verdict in zip(candidates, verdicts, strict=True):
-                settle(one, verdict)
+            problems, drafts = zip(*graded, strict=True)
+            texts, ids = [one.text for one in drafts], [one.ids for one in drafts]
+            grades = self.grader.grade(problems, texts, ids)
+            for one, grade in zip(drafts, grades, strict=True):
+                settle(one, grade)
         self.graded += len(made)
         self.right += sum(one.rejected is None for _, one in made)
-        self.candidates |= {(problem.row, one.answer.key): one for problem, one in made}
+        self.drafts |= {(problem.row, one.answer.key): one for problem, one in made}
 
-    def _made(self, problem: Problem, answer: Answer) -> Candidate:
-        made = candidate(answer)
+    def _made(self, problem: Problem, answer: Answer) -> Draft:
+        made = draft(answer)
         if made.rejected is None and self.student is not None:
             try:
                 made.ids = self.student.token_ids(problem.prompt, made.text)
             except ValueError as error:
-                made.reject(TEMPLATE, str(error))
+                made.reject(Rejection.TEMPLATE, str(error))
         return made
 
 

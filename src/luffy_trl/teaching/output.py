@@ -21,11 +21,11 @@ from .answers import ANSWERS_DIR
 from .problems import MADE, TEACHER_COLUMN
 
 
-DATA_DIR, CARD = "data", "README.md"
+DATA_DIR, README = "data", "README.md"
 # What is not pushed: answers as they came, and hidden files
 STAY_HERE = (".*", f"{ANSWERS_DIR}/*", REJECTED_FILE)
 # What a run has in its directory
-OWN = (DATA_DIR, REJECTED_FILE, CARD, ANSWERS_DIR, LOCK)
+WRITTEN_HERE = (DATA_DIR, REJECTED_FILE, README, ANSWERS_DIR, LOCK)
 
 
 def check_place(directory: Path) -> None:
@@ -37,8 +37,8 @@ def check_place(directory: Path) -> None:
     if directory.is_file():
         raise ValueError(f"--output_dir {directory} is a file; give a directory.")
     names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    foreign = sorted(name for name in names if name not in OWN and not name.startswith("."))
-    if foreign or (names & {DATA_DIR, CARD} and ANSWERS_DIR not in names):
+    foreign = sorted(name for name in names if name not in WRITTEN_HERE and not name.startswith("."))
+    if foreign or (names & {DATA_DIR, README} and ANSWERS_DIR not in names):
         raise ValueError(
             f"--output_dir {directory} holds {(foreign or sorted(names))[0]}, which make-demonstrations did not "
             "write. Choose another one."
@@ -79,9 +79,9 @@ def write(directory: Path, dataset: Dataset, rejected: Path, card: str) -> None:
     with all_or_nothing(directory / DATA_DIR) as result:
         write_split(dataset, result)
     os.replace(rejected, directory / REJECTED_FILE)
-    unfinished = directory / f".{CARD}.unfinished"
+    unfinished = directory / f".{README}.unfinished"
     unfinished.write_text(card, encoding="utf-8")
-    os.replace(unfinished, directory / CARD)
+    os.replace(unfinished, directory / README)
 
 
 def write_rejected(file: TextIO, rows: Iterable[dict[str, Any]]) -> None:

@@ -13,12 +13,12 @@ from ..reporting.tables_and_curves import text_table
 from .answers import Answer, AnswerStore
 from .asking import Asking
 from .card import dataset_card, logps_sentence
-from .finishing import Finisher, Tally, row_of
+from .finishing import Account, Selector, row_of
 from .grading import Grader
 from .judging import Judge
 from .output import with_demonstrations, write, write_rejected
 from .problems import Found, Problem
-from .selection import TEMPLATE
+from .selection import Rejection
 from .servers import Server
 from .student import Student
 from .teachers import LocalTeacher
@@ -64,7 +64,7 @@ class Making:
         self.judge = Judge(self.grader, self.student, self.problems)
         self.asking = Asking(self.store, self.servers, self.models, self.problems, self.num_samples, self.judge)
 
-    def run(self) -> Tally:
+    def run(self) -> Account:
         """
         Raises:
             ValueError: for teachers, rewards or a student that do not do what they should.
@@ -77,9 +77,9 @@ class Making:
         answers = self._answers()
         self._judge([answer for of_problem in answers.values() for answer in of_problem])
         order = [*dict.fromkeys(found.teacher for found in self.found), *self.settings]
-        finisher = Finisher(self.judge, self.how, self.maximum, self.student, self.logprobs, order)
-        self._write(finisher, answers)
-        return finisher.tally
+        selector = Selector(self.store, self.judge, self.how, self.maximum, self.student, self.logprobs, order)
+        self._write(selector, answers)
+        return selector.account
 
     def _answers(self) -> dict[str, list[Answer]]:
         """By problem: those that the dataset brings, then those of this run's teachers and samples."""
@@ -99,37 +99,38 @@ class Making:
         with tqdm(total=len(answers), desc="Grading", unit="", leave=False) as bar:
             self.judge.judge(answers, lambda count: bar.update(count) and None)
 
-    def _write(self, finisher: Finisher, answers: dict[str, list[Answer]]) -> None:
+    def _write(self, selector: Selector, answers: dict[str, list[Answer]]) -> None:
         several, rows = self.maximum != 1, []
         rejected_file = self.output_dir / ".rejected.unfinished"
         with (
             open(rejected_file, "w", encoding="utf-8") as file,
             tqdm(total=len(self.problems), desc="Selecting", unit="", leave=False) as bar,
         ):
-            finished = zip(self.problems, finisher.finish(self.problems, answers), strict=True)
+            finished = zip(self.problems, selector.finish(self.problems, answers), strict=True)
             for problem, (kept, rejected) in finished:
                 write_rejected(file, rejected)
                 rows.append(row_of(problem, kept, several, self.logprobs))
                 bar.update()
-        if not finisher.tally.with_logps:
+        if not selector.account.with_logps:
             rows = [{name: value for name, value in row.items() if name != "completion_logps"} for row in rows]
         dataset = with_demonstrations(self.dataset, rows, several)
-        write(self.output_dir, dataset, rejected_file, self._card(dataset.column_names, finisher.tally))
+        write(self.output_dir, dataset, rejected_file, self._card(dataset.column_names, selector.account))
 
-    def _card(self, columns: Sequence[str], tally: Tally) -> str:
+    def _card(self, columns: Sequence[str], account: Account) -> str:
         name, source = self.output_dir.resolve().name, look_up(self.source)
         settings = (self.settings, self.right_if, self.argv, self.secrets)
-        return dataset_card(name, self.load, source, columns, tally, *settings)
+        return dataset_card(name, self.load, source, columns, account, *settings)
 
 
-def summary(tally: Tally, missed: int) -> str:
+def summary(account: Account, missed: int) -> str:
     """What is printed at the end."""
     header = ["", "answers", "right", "kept", "tokens in", "tokens out"]
-    lines = [text_table(["", "answers"], tally.table()), "", text_table(header, tally.by_teacher()), ""]
-    lines.append(f"{tally.solved:,} of {tally.problems:,} problems have a demonstration.")
-    lines += filter(None, [logps_sentence(tally)])
-    if TEMPLATE in tally.first:
-        lines.append(f"Answers that the student could not write, the first of them in {tally.first[TEMPLATE]}")
+    lines = [text_table(["", "answers"], account.table()), "", text_table(header, account.by_teacher()), ""]
+    lines.append(f"{account.solved:,} of {account.problems:,} problems have a demonstration.")
+    lines += filter(None, [logps_sentence(account)])
+    if Rejection.TEMPLATE in account.first:
+        first = account.first[Rejection.TEMPLATE]
+        lines.append(f"Answers that the student could not write, the first of them in {first}")
     if missed:
         lines.append(
             f"{missed:,} questions had no answer, for the server's reasons; the same command asks them again."

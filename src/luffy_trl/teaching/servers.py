@@ -25,7 +25,7 @@ MOST_FAILURES = 10
 # A wrong key, no money, no such model: nothing will be answered
 HOPELESS = (401, 402, 404)
 FORBIDDEN = 403  # hopeless at first, later what some hosts say of a single question
-SHOWN = 300  # characters of what a server says
+SAID_AT_MOST = 300  # characters of what a server says
 # What the client has to be given where a server needs no key
 NO_KEY = "none"
 
@@ -174,7 +174,7 @@ class Server:
     def _said(self, error: BaseException) -> str:
         """What a server or a connection said, on one line and cut, without the key."""
         text = " ".join(redact(str(error), known_secrets(self.key)).split()).rstrip(".")
-        return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        return text if len(text) <= SAID_AT_MOST else f"{text[:SAID_AT_MOST]}..."
 
 
 async def ask_servers(asked: Sequence[tuple[Server, Sequence[Question]]], keep: Keep) -> None:
