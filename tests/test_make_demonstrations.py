@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luffy_trl.commands.cli import main
+from luffy_trl.commands.make_demonstrations import build_parser
 from luffy_trl.data.loading import load_splits
 from luffy_trl.runs.stopping import STOPPED_STATUS
+from luffy_trl.teaching.selection import Rejection
 
 from .conftest import save_tiny_qwen2
 from .hub_server import TOKEN, HubServer
@@ -659,15 +662,19 @@ def test_a_problem_that_fills_the_teachers_window_is_refused_for_good(make, tmp_
 # Training on it
 
 
-def train(dataset: Path, model: Path, output: Path, *flags: str) -> dict:
+CPU = [
+    *("--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "4"),
+    *("--gradient_accumulation_steps", "1", "--logging_steps", "1", "--use_cpu", "--bf16", "False"),
+    *("--report_to", "none", "--max_completion_length", "64", "--save_strategy", "no"),
+    *("--gradient_checkpointing", "False", "--shuffle_dataset", "False", "--learning_rate", "1e-6"),
+]
+
+
+def train(dataset: Path, model: Path, output: Path) -> dict:
     """Two steps of `luffy-trl train`; the last line of its log."""
     main([
         *("train", "--model_name_or_path", str(model), "--dataset_name", str(dataset), "--output_dir", str(output)),
-        *("--reward_funcs", "tests.teacher_server.any_reward", "--max_steps", "2", "--num_generations", "4"),
-        *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--logging_steps", "1"),
-        *("--use_cpu", "--bf16", "False", "--report_to", "none", "--max_completion_length", "64"),
-        *("--save_strategy", "no", "--gradient_checkpointing", "False", "--shuffle_dataset", "False"),
-        *("--learning_rate", "1e-6", *flags),
+        *("--reward_funcs", "tests.teacher_server.any_reward", *CPU),
     ])  # fmt: skip
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return next(line for line in log if "off_policy/ratio" in line)
@@ -692,6 +699,49 @@ def test_the_output_trains_without_log_probs(make, tmp_path, chat_student):
     logged = train(tmp_path / "out", chat_student, tmp_path / "run")
     assert 0 < logged["off_policy/ratio"] < 1
     assert logged["off_policy/token_fraction"] > 0
+
+
+# The pages
+
+
+ROOT = Path(__file__).parents[1]
+COMMAND = re.compile(r"^luffy-trl (make-demonstrations|train) (.*)$", flags=re.MULTILINE)
+
+
+def commands_on(page: Path) -> list[tuple[str, list[str]]]:
+    """The commands of a page's examples, with their arguments."""
+    examples = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    text = "\n".join(examples).replace("\\\n", " ")
+    return [(name, shlex.split(arguments)) for name, arguments in COMMAND.findall(text)]
+
+
+def test_the_pages_commands_run_as_printed(tmp_path, chat_student, monkeypatch):
+    """But for the server's address, a tiny model, the CPU and fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "problems.csv").write_text("question,answer\nWhat is 1 + 1?,2\n" + "What is 2 + 2?,4\n" * 3)
+    [first, second, *_] = commands_on(ROOT / "docs" / "demonstrations.md")
+    [of_readme] = [c for c in commands_on(ROOT / "README.md") if c[0] == "make-demonstrations"]
+    with TeacherServer(right) as server:
+        replaced = {"http://localhost:8000/v1": server.url, "Qwen/Qwen2.5-1.5B-Instruct": str(chat_student)}
+        for name, arguments in (first, second, of_readme):
+            arguments = [replaced.get(argument, argument) for argument in arguments]
+            main([name, *arguments, *(CPU if name == "train" else [])])
+        assert len(server.bodies) == 2 * 4
+        assert {body["model"] for body in server.bodies} == {"Qwen/Qwen3-32B"}
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert [len(row["demonstrations"]) for row in rows_of(tmp_path / "demonstrations")] == [4] * 4
+
+
+def test_the_pages_other_commands_have_flags_that_exist():
+    commands = [arguments for name, arguments in commands_on(ROOT / "docs" / "demonstrations.md") if name != "train"]
+    assert len(commands) == 3
+    for arguments in commands:
+        build_parser("luffy-trl make-demonstrations").parse_args(arguments)
+
+
+def test_the_page_names_every_reason():
+    page = (ROOT / "docs" / "demonstrations.md").read_text()
+    assert [reason for reason in Rejection if reason not in page] == []
 
 
 # Refusals and the Hub
