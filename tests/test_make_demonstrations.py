@@ -43,7 +43,10 @@ def no_key(monkeypatch):
 def problems(tmp_path) -> Path:
     """Four questions: twice 1, 2, 3 and 4."""
     path = tmp_path / "problems.jsonl"
-    rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i), "level": i} for i in range(1, 5)]
+    rows = [
+        {"question": f"What is {i} + {i}?", "answer": str(2 * i), "level": [{"n": i}, "easy"][i % 2]}
+        for i in range(1, 5)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -119,7 +122,7 @@ def test_right_answers_become_demonstrations_and_others_are_listed_with_their_re
     assert [row["solution"] for row in rows] == ["2", "4", "6", "8"]
     assert [len(row["demonstrations"]) for row in rows] == [2, 0, 0, 0]
     assert rows[0]["prompt"] == [{"role": "user", "content": "What is 1 + 1?"}]
-    assert rows[0]["level"] == 1
+    assert [row["level"] for row in rows] == ["easy", {"n": 2}, "easy", {"n": 4}]  # any column of the problems
     assert rows[0]["teacher"] == ["m0", "m0"]
     for [message] in rows[0]["demonstrations"]:
         assert message["role"] == "assistant"
@@ -752,6 +755,7 @@ def test_the_page_names_every_reason():
     [
         ({"teacher_model": ["a", "b"]}, "--teacher_url and --teacher_model go together"),
         ({"teacher_url": "localhost:8000"}, "--teacher_url localhost:8000: expected an address such as http://"),
+        ({"teacher_url": "http://localhost:99999/v1"}, "expected an address such as http://"),
         ({"teacher_key_variable": "NO_SUCH_VARIABLE"}, "--teacher_key_variable NO_SUCH_VARIABLE: there is no such"),
         ({"temperature": 0}, "--temperature 0 gives the same answer each time"),
         ({"top_p": 0}, "--top_p 0.0 must be above 0"),

@@ -32,6 +32,7 @@ from .inputs import EMBEDDED_TASK, load_reward_funcs
 
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+MOST_CONNECTIONS = 1000  # openai/_constants.py
 
 
 def check(args: argparse.Namespace) -> None:
@@ -73,7 +74,7 @@ def _check_teachers(args: argparse.Namespace) -> None:
     if len(variables) > 1 and len(variables) != len(urls):
         raise ValueError(f"--teacher_key_variable is given {len(variables)} times: give one, or one for each server.")
     for url in urls:
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+        if not _is_address(url):
             raise ValueError(f"--teacher_url {url}: expected an address such as http://localhost:8000/v1.")
     for variable in variables:
         if not os.environ.get(variable):
@@ -82,6 +83,14 @@ def _check_teachers(args: argparse.Namespace) -> None:
         raise ValueError("--teacher_url needs the openai client: pip install 'luffy_trl[teacher]'.")
     if args.teacher_model_name_or_path and args.teacher_backend == "vllm" and find_spec("vllm") is None:
         raise ValueError("--teacher_backend vllm needs vLLM: pip install 'luffy_trl[vllm]'.")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or too large
+        return False
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -93,6 +102,10 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"--top_p {args.top_p} must be above 0 and at most 1.")
     if not 0 < args.timeout < float("inf"):
         raise ValueError(f"--timeout {args.timeout} must be a number of seconds above 0.")
+    if args.concurrency > MOST_CONNECTIONS:
+        raise ValueError(
+            f"--concurrency {args.concurrency} is more than the {MOST_CONNECTIONS} that the client opens."
+        )
     if args.max_retries < 0:
         raise ValueError(f"--max_retries {args.max_retries} must be 0 or more.")
 
@@ -219,7 +232,7 @@ def _servers(args: argparse.Namespace) -> list[Server]:
     variables = variables if len(variables) > 1 else variables * len(args.teacher_url)
     limits = (args.concurrency, args.timeout, args.max_retries)
     return [
-        Server(model, url, model, os.environ.get(variable) or None, _sampling(args), args.extra_body, *limits)
+        Server(model, url, os.environ.get(variable) or None, _sampling(args), args.extra_body, *limits)
         for url, model, variable in zip(args.teacher_url, args.teacher_model, variables, strict=True)
     ]
 

@@ -147,7 +147,7 @@ class ParquetShards:
         self._bytes = 0
 
     def __enter__(self) -> "ParquetShards":
-        self.directory.mkdir()
+        self.directory.mkdir(exist_ok=True)
         self._open()  # a dataset of no rows has a file too
         return self
 
@@ -156,13 +156,14 @@ class ParquetShards:
             self._writer.close()
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        if not rows:
-            return
+        if rows:
+            self.write_table(pa.Table.from_pylist(rows, schema=self.schema))
+
+    def write_table(self, table: pa.Table) -> None:
         if self._bytes > SHARD_BYTES:
             self._open()
-        table = pa.Table.from_pylist(rows, schema=self.schema)
         assert self._writer is not None
-        self._writer.write_table(table)
+        self._writer.write_table(table.cast(self.schema))
         self._bytes += table.nbytes
 
     def _open(self) -> None:

@@ -75,8 +75,9 @@ class TransformersTeacher:
     def _generation(self, stops: list[int], pad: int, limit: int) -> GenerationConfig:
         how: dict[str, Any] = {"do_sample": False}
         if self.sampling.temperature > 0:
-            how = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
-        return GenerationConfig(max_new_tokens=limit, eos_token_id=stops, pad_token_id=pad, top_k=0, **how)
+            sampling = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "top_k": 0}
+            how = {"do_sample": True, **sampling}
+        return GenerationConfig(max_new_tokens=limit, eos_token_id=stops, pad_token_id=pad, **how)
 
     def _answer(
         self, reader: Reader, model: Any, stops: list[int], question: Question, prompt: list[int], ids: list[int]

@@ -8,20 +8,23 @@ OUTPUT_DIR/_answers/              all answers, as they came
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
 from ..data.problems import MESSAGES
-from ..data.writing import REJECTED_FILE, SHARD_BYTES, all_or_nothing, finish_killed
+from ..data.writing import REJECTED_FILE, ParquetShards, all_or_nothing, finish_killed
 from ..runs.lock import LOCK
 from .answers import ANSWERS_DIR
 from .problems import MADE, TEACHER_COLUMN
 
 
 DATA_DIR, README = "data", "README.md"
+# Rows. A trace of 8,192 tokens is about 30 kB
+WRITTEN_AT_ONCE = 500
 # What is not pushed: answers as they came, and hidden files
 STAY_HERE = (".*", f"{ANSWERS_DIR}/*", REJECTED_FILE)
 # What a run has in its directory
@@ -47,41 +50,47 @@ def check_place(directory: Path) -> None:
         finish_killed(directory / DATA_DIR)
 
 
-def with_demonstrations(dataset: Dataset, rows: Iterable[dict[str, Any]], several: bool) -> Dataset:
-    """The problems with the made columns in place of those that they brought."""
-    kept = dataset.remove_columns([name for name in MADE if name in dataset.column_names])
-    rows = list(rows)
-    text: Any = Value("string") if isinstance(dataset[0]["prompt"], str) else MESSAGES
-    features: dict[str, Any] = {"completion": text, TEACHER_COLUMN: Value("string")}
-    if several:
-        features = {"demonstrations": List(text), TEACHER_COLUMN: List(Value("string"))}
-    if "completion_logps" in rows[0]:
-        features["completion_logps"] = List(Value("float64"))
-    for name, feature in features.items():
-        kept = kept.add_column(name, [row[name] for row in rows], feature=Features({name: feature})[name])
-    return kept
-
-
-def write_split(dataset: Dataset, directory: Path, split: str = "train") -> None:
-    """The rows as parquet files of some GB at most."""
-    shards = max(1, -(-dataset.data.nbytes // SHARD_BYTES))
-    for i in range(shards):
-        shard = dataset.shard(shards, i, contiguous=True)
-        shard.to_parquet(directory / f"{split}-{i:05d}.parquet")
-
-
-def write(directory: Path, dataset: Dataset, rejected: Path, card: str) -> None:
-    """All of it; the data last but for the card, in one move.
+def made_features(dataset: Dataset, rows: Sequence[dict[str, Any]]) -> Features:
+    """The columns of the result: those of the problems, less what they brought of ours, and the made ones.
 
     Args:
+        rows: the made columns' values.
+    """
+    text: Any = Value("string") if isinstance(dataset[0]["prompt"], str) else MESSAGES
+    made: dict[str, Any] = {"completion": text, TEACHER_COLUMN: Value("string")}
+    if "demonstrations" in rows[0]:
+        made = {"demonstrations": List(text), TEACHER_COLUMN: List(Value("string"))}
+    if "completion_logps" in rows[0]:
+        made["completion_logps"] = List(Value("float64"))
+    return Features({name: feature for name, feature in dataset.features.items() if name not in MADE} | made)
+
+
+def write(directory: Path, dataset: Dataset, rows: Sequence[dict[str, Any]], rejected: Path, card: str) -> None:
+    """All of it; the data first, in one move.
+
+    Args:
+        rows: the made columns of each problem.
         rejected: the file of rejected answers, which is moved into its place.
     """
-    with all_or_nothing(directory / DATA_DIR) as result:
-        write_split(dataset, result)
+    features = made_features(dataset, rows)
+    made = Features({name: feature for name, feature in features.items() if name in MADE})
+    kept = dataset.select_columns([name for name in features if name not in MADE]).with_format("arrow")
+    with all_or_nothing(directory / DATA_DIR) as result, ParquetShards(result, features) as shards:
+        for start in range(0, len(rows), WRITTEN_AT_ONCE):
+            part = slice(start, start + WRITTEN_AT_ONCE)
+            shards.write_table(_beside(kept[part], rows[part], made))
     os.replace(rejected, directory / REJECTED_FILE)
     unfinished = directory / f".{README}.unfinished"
     unfinished.write_text(card, encoding="utf-8")
     os.replace(unfinished, directory / README)
+
+
+def _beside(table: pa.Table, rows: Sequence[dict[str, Any]], made: Features) -> pa.Table:
+    """The problems' columns and the made ones."""
+    added = pa.Table.from_pylist(list(rows), schema=made.arrow_schema)
+    for name in made:
+        table = table.append_column(added.schema.field(name), added.column(name))
+    return table
 
 
 def write_rejected(file: TextIO, rows: Iterable[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from .card import dataset_card, logps_sentence
 from .finishing import Account, Selector, row_of
 from .grading import Grader
 from .judging import Judge
-from .output import with_demonstrations, write, write_rejected
+from .output import made_features, write, write_rejected
 from .problems import Found, Problem
 from .selection import Rejection
 from .servers import Server
@@ -113,8 +113,8 @@ class Making:
                 bar.update()
         if not selector.account.with_logps:
             rows = [{name: value for name, value in row.items() if name != "completion_logps"} for row in rows]
-        dataset = with_demonstrations(self.dataset, rows, several)
-        write(self.output_dir, dataset, rejected_file, self._card(dataset.column_names, selector.account))
+        card = self._card(list(made_features(self.dataset, rows)), selector.account)
+        write(self.output_dir, self.dataset, rows, rejected_file, card)
 
     def _card(self, columns: Sequence[str], account: Account) -> str:
         name, source = self.output_dir.resolve().name, look_up(self.source)

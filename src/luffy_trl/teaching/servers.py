@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..runs.redaction import known_secrets, redact
+from ..runs.redaction import known_secrets, redact, redact_values
 from .answers import Answer
 from .teachers import Keep, Question, Sampling, readable
 
@@ -38,7 +38,7 @@ class ServerGoneError(Exception):
 class Server:
     """
     Args:
-        model: what the server calls it.
+        name: what the server calls its model.
         key: None for a server that needs none.
         extra_body: fields of the request beside ours, or in their place; None leaves a field out.
         concurrency: requests at a time.
@@ -48,8 +48,7 @@ class Server:
 
     name: str
     url: str
-    model: str
-    key: str | None
+    key: str | None = field(repr=False)
     sampling: Sampling
     extra_body: Mapping[str, Any]
     concurrency: int
@@ -61,7 +60,8 @@ class Server:
     _refused: list[Answer] = field(default_factory=list)  # before the first answer: perhaps all will be
 
     def settings(self) -> dict[str, Any]:
-        return {"teacher_model": self.model, **asdict(self.sampling), "extra_body": dict(self.extra_body)}
+        extra = redact_values(dict(self.extra_body), known_secrets(self.key))  # some put keys there
+        return {"teacher_model": self.name, **asdict(self.sampling), "extra_body": extra}
 
     async def ask(self, questions: Sequence[Question], keep: Keep) -> None:
         """
@@ -87,7 +87,7 @@ class Server:
             await self._ask(client, question, keep)
 
     async def _ask(self, client: "AsyncOpenAI", question: Question, keep: Keep) -> None:
-        from openai import APIConnectionError, APIStatusError
+        from openai import APIConnectionError, APIError, APIStatusError
 
         patience = (self.max_retries + 1) * (self.timeout + LONGEST_PAUSE)
         try:
@@ -100,7 +100,7 @@ class Server:
             self._miss(self._said(error.__cause__ or error) or type(error.__cause__).__name__)
         except TimeoutError:
             self._miss(f"no end of its answer after {patience:.0f} seconds")
-        except ValueError as error:
+        except (ValueError, APIError) as error:
             self._miss(f"what it sent is no chat completion ({self._said(error)})")
         else:
             keep([*self._refused, answer])
@@ -117,12 +117,14 @@ class Server:
         if self.sampling.logprobs:
             body["logprobs"] = True
         body = {name: value for name, value in {**body, **self.extra_body}.items() if value is not None}
-        return {"model": self.model, "messages": messages, "extra_body": body}
+        return {"model": self.name, "messages": messages, "extra_body": body}
 
     def _read(self, question: Question, content: bytes) -> Answer:
         """Raises ValueError for what is no chat completion."""
         try:
             reply = json.loads(content)
+            if reply.get("error"):  # some hosts say so with status 200
+                raise ValueError(str(reply["error"]))
             choice = reply["choices"][0]
             message = choice["message"]
             tokens, logps = _logprobs(choice.get("logprobs"))
@@ -145,7 +147,7 @@ class Server:
     def _take_refusal(self, question: Question, status: int, said: str, keep: Keep) -> None:
         if status in HOPELESS or (status == FORBIDDEN and not self._has_answered):
             raise ValueError(
-                f"the server of --teacher_model {self.model} refuses with status {status}: {said}. Look at the key, "
+                f"the server of --teacher_model {self.name} refuses with status {status}: {said}. Look at the key, "
                 "the model's name and --teacher_url."
             )
         if status in (408, 409, 429) or status >= 500:
@@ -159,7 +161,7 @@ class Server:
         self._refused.append(refused)
         if len(self._refused) == MOST_FAILURES:
             raise ValueError(
-                f"the server of --teacher_model {self.model} refuses every question, the last with status {status}: "
+                f"the server of --teacher_model {self.name} refuses every question, the last with status {status}: "
                 f"{said}. If it does not take one of the fields that are sent, leave it out, such as with "
                 "--extra_body '{\"seed\": null}'."
             )
@@ -169,7 +171,7 @@ class Server:
         self._failures += 1
         is_first = not self._has_answered and self.missed == 1 and not self._refused
         if is_first or self._failures >= MOST_FAILURES:
-            raise ServerGoneError(f"The server of --teacher_model {self.model} does not answer ({reason}).")
+            raise ServerGoneError(f"The server of --teacher_model {self.name} does not answer ({reason}).")
 
     def _said(self, error: BaseException) -> str:
         """What a server or a connection said, on one line and cut, without the key."""
