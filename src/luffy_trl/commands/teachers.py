@@ -10,12 +10,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from datasets import Dataset
+from trl import ScriptArguments
 
-from ..advantages import TOTAL, deciding_reward
-from ..checks import ANSWER_REWARDS, check_reward_inputs, needed_columns, reward_name
-from ..data.loading import choose_split, load_splits
+from ..advantages import ANSWER_REWARDS, TOTAL, deciding_reward
+from ..checks import check_reward_inputs, needed_columns, reward_name
+from ..data.loading import choose_split
 from ..runs.redaction import known_secrets
-from ..tasks.letter_walk import split_walks, to_dataset
 from ..teaching.answers import file_stem
 from ..teaching.grading import Grader
 from ..teaching.in_transformers import TransformersTeacher
@@ -28,7 +28,7 @@ from ..teaching.student import Student
 from ..teaching.teachers import LocalTeacher, Sampling, repeated
 from .adapters import refuse_adapter
 from .datasets_out import check_push
-from .inputs import EMBEDDED_TASK, load_reward_funcs
+from .inputs import load_dataset_splits, load_reward_funcs
 
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -154,13 +154,8 @@ def making(args: argparse.Namespace, argv: Sequence[str]) -> Making:
 
 
 def _load_problems(args: argparse.Namespace, where: str) -> Dataset:
-    if args.dataset_name == EMBEDDED_TASK:
-        splits: Any = {split: to_dataset(walks) for split, walks in split_walks(seed=args.seed).items()}
-    else:
-        try:
-            splits = load_splits(args.dataset_name, where, args.dataset_config, only_split=args.dataset_split)
-        except OSError as error:
-            raise ValueError(f"{where}: no such file or directory here, nor on the Hub: {error}") from error
+    chosen = ScriptArguments(dataset_config=args.dataset_config, dataset_train_split=args.dataset_split)
+    splits = load_dataset_splits(args.dataset_name, chosen, args.seed)
     dataset = choose_split(splits, args.dataset_split, where, "--dataset_split")
     assert isinstance(dataset, Dataset)
     dataset = in_contract(dataset, where, args.prompt_column, args.solution_column)
