@@ -25,7 +25,7 @@ class Reply:
     """An answer. `tokens` are (token, its bytes or None, log-prob)."""
 
     content: Any
-    finish: str = "stop"
+    finish: str | None = "stop"
     message: dict[str, Any] = field(default_factory=dict)
     tokens: list[tuple[str, list[int] | None, float]] | None = None
     usage: dict[str, int] | None = field(default_factory=lambda: {"prompt_tokens": 11, "completion_tokens": 7})
@@ -177,3 +177,7 @@ def broken_reward(completions: list, **kwargs: Any) -> list[float]:
 
 def token_reward(completions: list, completion_ids: list, **kwargs: Any) -> list[float]:
     return [float(len(ids)) for ids in completion_ids]
+
+
+async def letters_reward(completions: list, **kwargs: Any) -> list[float]:
+    return [0.5] * len(completions)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from luffy_trl.commands.cli import main
 from luffy_trl.commands.make_demonstrations import build_parser
 from luffy_trl.data.loading import load_splits
+from luffy_trl.runs.lock import alone_in
 from luffy_trl.runs.stopping import STOPPED_STATUS
 from luffy_trl.teaching.selection import Rejection
 
@@ -210,6 +211,41 @@ def test_demonstrations_that_are_there_are_graded_and_kept_before_new_ones(make,
     ]  # fmt: skip
     assert [(line["teacher"], line["reason"]) for line in rejected_in(tmp_path / "out")] == [("old", "wrong")]
     assert "| old | 2 | 1 | 1 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_is_solved_is_what_the_trainer_calls_solved(make, tmp_path):
+    """Of several rewards the one that decides, by its own value; or their weighted total."""
+    rewards = {"reward_funcs": [REWARD, "tests.teacher_server.letters_reward"], "num_samples": 1}
+    with TeacherServer(lambda body: Reply(f"\\boxed{{{2 * number(body) + number(body) // 3}}}")) as server:
+        make(server, **rewards, solved_reward="boxed_reward")
+        assert [len(row["demonstrations"]) for row in rows_of(tmp_path / "out")] == [1, 1, 0, 0]
+        assert "An answer is right if the reward `boxed_reward` is 1 or more" in (
+            (tmp_path / "out" / "README.md").read_text()
+        )
+        make(server, **rewards, solved_reward="letters_reward", solved_threshold=0.5)
+        assert [len(row["demonstrations"]) for row in rows_of(tmp_path / "out")] == [1, 1, 1, 1]
+        # 1 or 0 from the box, 0.5 from the letters, times their weights
+        for threshold, kept in ((2.25, [1, 1, 0, 0]), (0.25, [1, 1, 1, 1]), (2.5, [0, 0, 0, 0])):
+            make(server, **rewards, solved_reward="total", reward_weights=[2, 0.5], solved_threshold=threshold)
+            assert [len(row["demonstrations"]) for row in rows_of(tmp_path / "out")] == kept
+        assert len(server.bodies) == 4
+
+
+def test_what_the_teacher_filters_is_no_demonstration(make, tmp_path):
+    kinds = {
+        1: Reply("\\boxed{2}", finish="content_filter"),
+        2: Reply(None, message={"refusal": "I will not."}),
+        3: Reply(None, finish="tool_calls"),
+        4: Reply("\\boxed{8}", finish=None, usage=None),
+    }
+    with TeacherServer(lambda body: kinds[number(body)]) as server:
+        make(server, num_samples=1)
+    lines = [(line["row"], line["reason"], line["detail"]) for line in rejected_in(tmp_path / "out")]
+    assert lines == [
+        (0, "filtered by the teacher", "content_filter"), (1, "filtered by the teacher", "content_filter"),
+        (2, "filtered by the teacher", "tool_calls"),
+    ]  # fmt: skip
+    assert len(rows_of(tmp_path / "out")[3]["demonstrations"]) == 1
 
 
 def test_hostile_answers_are_answers(make, tmp_path):
@@ -780,6 +816,25 @@ def test_what_cannot_work_is_one_sentence_before_anything_is_asked(make, capsys,
     with TeacherServer(right) as server:
         assert sentence in refusal(lambda: make(server, **flags), capsys)
         assert server.bodies == []
+
+
+def test_a_missing_client_is_one_sentence(make, capsys, monkeypatch):
+    monkeypatch.setattr("luffy_trl.commands.teachers.find_spec", lambda name: None)
+    with TeacherServer(right) as server:
+        said = refusal(lambda: make(server), capsys)
+    assert "--teacher_url needs the openai client: pip install 'luffy_trl[teacher]'" in said
+
+
+def test_a_second_run_in_the_directory_is_refused(make, tmp_path, capsys):
+    with TeacherServer(right) as server, alone_in(tmp_path / "out"):
+        assert "is in use: another run is writing to it" in refusal(lambda: make(server), capsys)
+        assert server.bodies == []
+
+
+def test_two_teachers_of_one_name_are_refused(make, capsys, tiny_model_dir):
+    with TeacherServer(right) as server:
+        said = refusal(lambda: make(server, teacher_url=[server.url] * 2, teacher_model=["a/b", "a-b"]), capsys)
+    assert "two teachers are called a-b, and answers are kept by name" in said
 
 
 def test_what_make_demonstrations_did_not_write_is_not_touched(make, tmp_path, capsys):
