@@ -612,10 +612,18 @@ def test_a_prompt_that_the_students_template_refuses_is_named_before_anything_is
     assert "Row 0: `prompt` has a message with the role 'system', which is refused" in said
 
 
+def joined(tokens: list[tuple], character: str) -> list[tuple]:
+    """As vLLM spells the two bytes of a character: nothing, then all of it."""
+    spelled = [("", []), (character, list(character.encode()))]
+    return [*tokens[:3], *((*one, logp) for one, (_, _, logp) in zip(spelled, tokens[3:5], strict=True)), *tokens[5:]]
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         (lambda tokens: tokens, None),
+        (lambda tokens: joined(tokens, "é"), None),
+        (lambda tokens: joined(tokens, "è"), "the server wrote other tokens"),
         (lambda tokens: [*tokens[:-1], ("", None, -0.5)], None),
         (lambda tokens: tokens[:-1], "the server gave none of the token that ends the answer"),
         (lambda tokens: [("It", None, -1.0), *tokens[2:]], "the server wrote other tokens"),

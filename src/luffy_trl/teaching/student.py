@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from ..demonstrations.agreement import disagreements
@@ -16,6 +17,8 @@ from .problems import Prompt
 FLAG = "--student"
 # The trainer leaves out what is longer than its own limit, and says so
 NO_LIMIT = 1 << 40
+# What decoding makes of bytes that are no whole character
+PART_OF_A_CHARACTER = "\ufffd"
 
 
 class Student:
@@ -78,11 +81,21 @@ class Student:
         return answer.logps, ""
 
     def _spelled(self, tokens: list[str], ids: list[int]) -> bool:
-        """Whether each token is spelled as the student's is. Some tokenizers take a blank off a lone token, and some
-        servers show nothing of the one that ends an answer."""
+        """Whether the server's tokens are spelled as the student's.
+
+        Where tokens are parts of characters, servers spell each as what its bytes alone make, or all of a character
+        with its last token.
+        """
         own = self.reader.tokenizer.batch_decode([[token] for token in ids])
-        pairs = zip(tokens, own, ids, strict=True)
-        return all(
-            theirs in (ours, f" {ours}") or (theirs == "" and token in self.encoder.eos_token_ids)
-            for theirs, ours, token in pairs
-        )
+        alike = [self._is_alike(*token) for token in zip(tokens, own, ids, strict=True)]
+        start = 0
+        for is_part, run in groupby(own, key=lambda text: PART_OF_A_CHARACTER in text):
+            part = slice(start, start := start + len(list(run)))
+            together = is_part and "".join(tokens[part]) == self.reader.tokenizer.decode(ids[part])
+            if not together and not all(alike[part]):
+                return False
+        return True
+
+    def _is_alike(self, theirs: str, ours: str, token: int) -> bool:
+        """Some tokenizers take a blank off a lone token, and some servers show nothing of the one that ends it all."""
+        return theirs in (ours, f" {ours}") or (theirs == "" and token in self.encoder.eos_token_ids)
