@@ -283,6 +283,29 @@ def test_columns_prompts_and_limits(make, tmp_path, problems):
     assert [message["content"] for message in read[0]["prompt"]] == ["Be brief.", "What is 1 + 1?"]
 
 
+@pytest.mark.parametrize(
+    ("columns", "flags", "solution"),
+    [
+        ({"problem": "P", "answer": "2", "solution": "One and one."}, {}, "2"),
+        ({"problem": "P", "answer": "no", "solution": "2"}, {"solution_column": "solution"}, "2"),
+        ({"question": "P", "final": 2}, {"solution_column": "final"}, "2"),
+        ({"task": "P", "answer": "2"}, {"prompt_column": "task"}, "2"),
+        ({"chat": [{"role": "user", "content": "P"}], "answer": "2"},
+         {"prompt_column": "chat", "solution_column": "answer"}, "2"),
+        ({"prompt": "P", "answer": "2"}, {"solution_column": "answer"}, "2"),
+    ],
+)  # fmt: skip
+def test_where_problems_and_answers_are_found(make, tmp_path, problems, columns, flags, solution):
+    problems.write_text(json.dumps(columns).replace('"P"', '"What is 1 + 1?"') + "\n")
+    with TeacherServer(right) as server:
+        make(server, num_samples=1, **flags)
+        assert server.bodies[0]["messages"] == [{"role": "user", "content": "What is 1 + 1?"}]
+    [row] = rows_of(tmp_path / "out")
+    assert row["solution"] == solution
+    assert len(row["demonstrations"]) == 1
+    assert row["prompt"] == ("What is 1 + 1?" if "prompt" in columns else server.bodies[0]["messages"])
+
+
 def test_no_two_answers_have_the_same_seed_and_equal_questions_are_asked_once(make, problems, tmp_path):
     problems.write_text(problems.read_text() * 2)
     with TeacherServer(right) as server:
@@ -375,10 +398,9 @@ def test_a_wrong_key_or_model_costs_one_request_and_ends_with_one_sentence(
         server.fault(status=status, message=f"no, {KEY} is wrong", times=None)
         said = refusal(lambda: make(server, teacher_key_variable="MY_TEACHER", num_samples=9), capsys)
         assert server.keys == [KEY]
-    assert said.startswith("luffy-trl make-demonstrations: error: the server of --teacher_model m0 refuses with statu")
-    assert f"status {status}" in said
+    assert said.startswith("luffy-trl make-demonstrations: error: the server of --teacher_model m0 refuses with ")
+    assert f"status {status}: no, *** is wrong. Look at the key, the model's name and --teacher_url." in said
     assert KEY not in said
-    assert "*** is wrong" in said
 
 
 def test_keys_come_from_the_environment_and_are_written_nowhere(make, tmp_path, capsys, monkeypatch):

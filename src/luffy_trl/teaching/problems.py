@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from datasets import Dataset, Value
 
 from ..data.contract import to_contract
-from ..data.problems import ANSWER_COLUMNS, WORKING, ProblemColumns, problems_to_contract
+from ..data.problems import ANSWER_COLUMNS, WORKING, ProblemColumns, problems_to_contract, recognise_problems
 from ..data.rows import checked_rows
 from ..demonstrations.encoding import demonstration_text
 
@@ -51,6 +51,9 @@ def in_contract(dataset: Dataset, where: str, prompt_column: str | None, solutio
     for flag, column in (("--prompt_column", prompt_column), ("--solution_column", solution_column)):
         if column is not None and column not in dataset.column_names:
             raise ValueError(f"{flag} {column}: {where} has only the columns {', '.join(dataset.column_names)}.")
+    table = recognise_problems(dataset.column_names)
+    if prompt_column is None and solution_column is not None and table is not None:
+        prompt_column = table.question
     if prompt_column in (None, "prompt"):
         dataset = to_contract(_with_solution(dataset, solution_column), where)
     else:

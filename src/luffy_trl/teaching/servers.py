@@ -95,7 +95,7 @@ class Server:
                 reply = await client.chat.completions.with_raw_response.create(**self._request(question))
             answer = self._read(question, reply.content)
         except APIStatusError as error:
-            self._take_refusal(question, error.status_code, self._said(error), keep)
+            self._take_refusal(question, error.status_code, self._said(_message(error.body) or error), keep)
         except APIConnectionError as error:
             self._miss(self._said(error.__cause__ or error) or type(error.__cause__).__name__)
         except TimeoutError:
@@ -173,7 +173,7 @@ class Server:
         if is_first or self._failures >= MOST_FAILURES:
             raise ServerGoneError(f"The server of --teacher_model {self.name} does not answer ({reason}).")
 
-    def _said(self, error: BaseException) -> str:
+    def _said(self, error: BaseException | str) -> str:
         """What a server or a connection said, on one line and cut, without the key."""
         text = " ".join(redact(str(error), known_secrets(self.key)).split()).rstrip(".")
         return text if len(text) <= SAID_AT_MOST else f"{text[:SAID_AT_MOST]}..."
@@ -192,6 +192,12 @@ async def together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
                 group.create_task(one)
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from None
+
+
+def _message(body: Any) -> str | None:
+    """Of an error: what the client found in the reply, an object with a message or a text."""
+    message = body.get("message") if isinstance(body, dict) else body
+    return message if isinstance(message, str) else None
 
 
 def _text(content: Any) -> str:
