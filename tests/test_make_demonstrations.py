@@ -182,7 +182,7 @@ def test_which_right_answers_are_kept(make, tmp_path, select, maximum, expected)
 def test_a_thought_that_comes_apart_is_put_in_front(make, tmp_path):
     kinds = {
         1: Reply("\n\n\\boxed{2}", message={"reasoning_content": "\nOne and one.\n"}),
-        2: Reply("\\boxed{4}", message={"reasoning": "Two and two."}),
+        2: Reply("\\boxed{4}", message={"reasoning_content": None, "reasoning": "Two and two."}),
         3: Reply("Three and three.\n</think>\n\n\\boxed{6}"),
         4: Reply([{"type": "text", "text": "<think>\nFour.\n</think>\n\n"}, {"type": "text", "text": "\\boxed{8}"}]),
     }
@@ -711,6 +711,19 @@ def test_a_transformers_teacher_answers_and_its_log_probs_are_the_students_own(m
     assert answers_in(tmp_path / "again") == answers
 
 
+def test_servers_and_models_of_this_process_are_teachers_side_by_side(make, tmp_path, tiny_model_dir, chat_student):
+    with TeacherServer(lambda body: Reply("a#a")) as server:
+        make(
+            server, dataset_name="letter_walk", limit=3, reward_funcs="tests.teacher_server.any_reward", max_tokens=4,
+            teacher_model_name_or_path=[tiny_model_dir, chat_student], num_samples=2, batch_size=4,
+        )  # fmt: skip
+        assert len(server.bodies) == 6
+        assert all(len(body["messages"]) == 1 for body in server.bodies)  # a text is the user's message
+    names = Counter(answer["teacher"] for answer in answers_in(tmp_path / "out"))
+    assert names == {"m0": 6, tiny_model_dir.name: 6, chat_student.name: 6}
+    assert [row["teacher"][:2] for row in rows_of(tmp_path / "out")] == [["dataset", "m0"]] * 3
+
+
 def list_of_walks(count: int, seed: int) -> list[dict]:
     from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
@@ -853,6 +866,13 @@ def test_a_missing_client_is_one_sentence(make, capsys, monkeypatch):
     with TeacherServer(right) as server:
         said = refusal(lambda: make(server), capsys)
     assert "--teacher_url needs the openai client: pip install 'luffy_trl[teacher]'" in said
+
+
+def test_a_launcher_of_several_processes_is_refused(make, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with TeacherServer(right) as server:
+        assert "it runs in one process: start it without a launcher" in refusal(lambda: make(server), capsys)
+        assert server.bodies == []
 
 
 def test_a_second_run_in_the_directory_is_refused(make, tmp_path, capsys):

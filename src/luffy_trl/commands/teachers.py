@@ -41,6 +41,11 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the flag.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "it runs in one process: start it without a launcher. Several GPUs are for --teacher_backend vllm "
+            "--vllm_options '{\"tensor_parallel_size\": 2}', or for a server."
+        )
     _check_teachers(args)
     _check_numbers(args)
     needs_student = [flag for flag, given in _read_by_the_student(args).items() if given]

@@ -135,7 +135,7 @@ class Server:
                 question.repeat,
                 finish="content_filter" if message.get("refusal") else str(choice.get("finish_reason") or "stop"),
                 text=_text(message.get("content")),
-                thought=_text(message.get("reasoning_content") or message.get("reasoning")) or None,
+                thought=_thought(message),
                 prompt_tokens=prompt_tokens,
                 completion_tokens=completion_tokens,
                 tokens=tokens,
@@ -207,6 +207,12 @@ def _text(content: Any) -> str:
     if content is not None and not isinstance(content, str):
         raise ValueError(f"its content is {type(content).__name__}")
     return readable(content or "")
+
+
+def _thought(message: dict[str, Any]) -> str | None:
+    """What a server gives apart: DeepSeek's name for it, or vLLM's."""
+    thoughts = [message.get(name) for name in ("reasoning_content", "reasoning")]
+    return next((readable(thought) for thought in thoughts if thought and isinstance(thought, str)), None)
 
 
 def _usage(usage: Any) -> list[int]:
