@@ -316,6 +316,11 @@ def demonstration_text(value: Any, where: str) -> str:
     return value
 
 
+def as_completion(prompt: str | list, text: str) -> str | list[dict[str, str]]:
+    """The text in the prompt's form."""
+    return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+
+
 def rendered_prompt(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     prompt: str | list[dict[str, Any]],
