@@ -23,6 +23,7 @@ EXPECTED: dict[Any, str] = {
     str: "a text", int: "a whole number, 0 or more", bool: "true or false", str | None: "a text",
     float | None: "a number", list[int] | None: "a list of whole numbers, 0 or more",
     list[float] | None: "a list of numbers", list[str] | None: "a list of texts",
+    dict | None: "an object of numbers",
 }  # fmt: skip
 ELEMENTS: dict[Any, type] = {list[int] | None: int, list[float] | None: float, list[str] | None: str}
 
@@ -68,7 +69,7 @@ def read_lines(
             try:
                 records.append(read(line, whole))
             except (ValueError, RecursionError) as error:
-                if isinstance(error, json.JSONDecodeError) and _is_half_written(line, start):
+                if isinstance(error, json.JSONDecodeError) and is_half_written(line, start):
                     return records, End(path, whole, b"", half_written=True)
                 raise ValueError(
                     f"{path}, line {number} is no {what} ({error}). Remove the line, and it is generated again."
@@ -128,6 +129,8 @@ def shown(value: Any) -> str:
 def _is_of(kind: Any, value: Any) -> bool:
     if kind in ELEMENTS:
         return value is None or (isinstance(value, list) and all(_is_element(ELEMENTS[kind], item) for item in value))
+    if isinstance(value, dict):
+        return kind == dict | None and all(isinstance(item, float | int | None) for item in value.values())
     if kind is int:
         return type(value) is int and value >= 0
     return isinstance(value, kind) or (kind == float | None and type(value) is int)
@@ -137,7 +140,7 @@ def _is_element(kind: type, value: Any) -> bool:
     return _is_of(int, value) if kind is int else isinstance(value, kind) or (kind is float and type(value) is int)
 
 
-def _is_half_written(line: bytes, start: bytes) -> bool:
+def is_half_written(line: bytes, start: bytes) -> bool:
     """Whether a line without an end is the beginning of a record, or what a loss of power has left of it."""
     written = line.rstrip(b"\0")
     return not line.endswith(b"\n") and len(line) < LONGEST_LINE and written.startswith(start[: len(written)])

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from ..demonstrations.encoding import stop_tokens
 from ..demonstrations.prompts import Reader
 from ..evaluation.model_files import files_fingerprint
 from ..runs.seeds import derived_seed
 from .answers import Answer
 from .likelihood import completion_logps
-from .models import fitting, load_model, load_reader, prompt_ids_of, stop_tokens
+from .models import fitting, load_model, load_reader, prompt_ids_of
 from .teachers import Keep, Question, Sampling
 
 

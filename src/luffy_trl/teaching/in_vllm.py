@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..demonstrations.encoding import stop_tokens
 from ..demonstrations.prompts import Reader
 from ..evaluation.model_files import files_fingerprint
 from .answers import Answer
-from .models import fitting, load_reader, prompt_ids_of, stop_tokens
+from .models import fitting, load_reader, prompt_ids_of
 from .teachers import Keep, Question, Sampling
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..demonstrations.prompts import Reader
 from .answers import Answer
@@ -43,16 +43,6 @@ def load_model(name: str, dtype: str, device: str | None, flag: str) -> Any:
     # What a model's authors sample with (top_k, penalties) is not what was asked for
     model.generation_config = GenerationConfig()
     return model
-
-
-def stop_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token at which the model's generation stops, the tokenizer's EOS first."""
-    try:
-        stops = GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:  # a tokenizer without a model
-        stops = None
-    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
 
 
 def prompt_ids_of(reader: Reader, prompt: Prompt) -> list[int]:

@@ -6,11 +6,11 @@ from itertools import groupby
 from typing import Any
 
 from ..demonstrations.agreement import disagreements
-from ..demonstrations.encoding import DemonstrationEncoder
+from ..demonstrations.encoding import DemonstrationEncoder, stop_tokens
 from ..demonstrations.prompts import check_prompts
 from .answers import Answer
 from .likelihood import completion_logps
-from .models import load_model, load_reader, prompt_ids_of, stop_tokens
+from .models import load_model, load_reader, prompt_ids_of
 from .problems import Prompt
 
 
