@@ -26,7 +26,7 @@ Key: TypeAlias = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
-class Answer:
+class TeacherAnswer:
     """One answer of a teacher, as it came.
 
     Attributes:
@@ -69,7 +69,7 @@ class AnswerStore:
 
     def __init__(self, output_dir: Path, settings: Mapping[str, Mapping[str, Any]]):
         self.directory = output_dir / ANSWERS_DIR
-        self.answers: dict[Key, Answer] = {}  # without their tokens, which may be large
+        self.answers: dict[Key, TeacherAnswer] = {}  # without their tokens, which may be large
         self.half_written = 0
         self._places: dict[Key, tuple[Path, int]] = {}
         ends = []
@@ -87,18 +87,18 @@ class AnswerStore:
         unfinished.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
         os.replace(unfinished, self.directory / SETTINGS_FILE)
 
-    def append(self, answers: Iterable[Answer]) -> None:
+    def append(self, answers: Iterable[TeacherAnswer]) -> None:
         """Keep answers of one teacher, safe from a kill once this returns."""
         answers = list(answers)
         path = self.directory / f"{file_stem(answers[0].teacher)}.jsonl"
         for answer, start in zip(answers, append_lines(path, answers), strict=True):
             self._remember(answer, path, start)
 
-    def whole(self, key: Key) -> Answer:
+    def whole(self, key: Key) -> TeacherAnswer:
         """An answer with its tokens and log-probs."""
-        return record_from(line_at(*self._places[key]), Answer, "answer")
+        return record_from(line_at(*self._places[key]), TeacherAnswer, "answer")
 
-    def _remember(self, answer: Answer, path: Path, start: int) -> None:
+    def _remember(self, answer: TeacherAnswer, path: Path, start: int) -> None:
         self.answers[answer.key] = replace(answer, token_ids=None, tokens=None, logps=None)
         self._places[answer.key] = path, start
 
@@ -130,8 +130,8 @@ class AnswerStore:
         return before
 
 
-def _answer_and_start(line: bytes, start: int) -> tuple[Answer, int]:
-    return record_from(line, Answer, "answer"), start
+def _answer_and_start(line: bytes, start: int) -> tuple[TeacherAnswer, int]:
+    return record_from(line, TeacherAnswer, "answer"), start
 
 
 def file_stem(teacher: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from tqdm.auto import tqdm
 
-from .answers import Answer, AnswerStore
+from .answers import AnswerStore, TeacherAnswer
 from .judging import InBackground, Judge
 from .problems import Problem
 from .servers import Server, ask_servers
@@ -62,7 +62,7 @@ class Asking:
             return
         with InBackground(self.judge) as judge, tqdm(total=count, desc="Answers", unit="") as bar:
 
-            def keep(answers: Sequence[Answer]) -> None:
+            def keep(answers: Sequence[TeacherAnswer]) -> None:
                 for teacher in dict.fromkeys(answer.teacher for answer in answers):
                     self.store.append(answer for answer in answers if answer.teacher == teacher)
                 judge.take([self.store.answers[answer.key] for answer in answers])
@@ -73,7 +73,7 @@ class Asking:
                 if missing[model.name]:
                     model.answer(missing[model.name], keep)
 
-    def _show(self, bar: tqdm, answers: Sequence[Answer]) -> None:
+    def _show(self, bar: tqdm, answers: Sequence[TeacherAnswer]) -> None:
         self.tokens[0] += sum(answer.prompt_tokens for answer in answers)
         self.tokens[1] += sum(answer.completion_tokens for answer in answers)
         tokens = f"tokens {self.tokens[0]:,} in {self.tokens[1]:,} out"

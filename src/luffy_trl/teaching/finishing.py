@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..demonstrations.encoding import as_completion
-from .answers import Answer, AnswerStore
+from .answers import AnswerStore, TeacherAnswer
 from .judging import Judge
 from .problems import Problem
 from .selection import PROBABLE, Draft, Rejection, reject_duplicates, rejected_row, select
@@ -78,7 +78,7 @@ class Selector:
     account: Account = field(default_factory=Account)
 
     def finish(
-        self, problems: Sequence[Problem], answers: dict[str, list[Answer]]
+        self, problems: Sequence[Problem], answers: dict[str, list[TeacherAnswer]]
     ) -> Iterator[tuple[list[Draft], list[dict[str, Any]]]]:
         """Of each problem its demonstrations, best first, and lines on what was rejected.
 
@@ -97,7 +97,7 @@ class Selector:
             rejected = [one for one in drafts if one.rejected is not None]
             yield kept, [rejected_row(problem.row, one, problem.prompt) for one in rejected]
 
-    def _rank(self, answer: Answer) -> tuple[int, int]:
+    def _rank(self, answer: TeacherAnswer) -> tuple[int, int]:
         """Teachers side by side: the first answer of each, then the second of each."""
         return answer.repeat, self.order.index(answer.teacher)
 

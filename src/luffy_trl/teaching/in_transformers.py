@@ -11,7 +11,7 @@ from ..demonstrations.encoding import stop_tokens
 from ..demonstrations.prompts import Reader
 from ..evaluation.model_files import files_fingerprint
 from ..runs.seeds import derived_seed
-from .answers import Answer
+from .answers import TeacherAnswer
 from .likelihood import completion_logps
 from .models import fitting, load_model, load_reader, prompt_ids_of
 from .teachers import Keep, Question, Sampling
@@ -56,7 +56,7 @@ class TransformersTeacher:
 
     def _generate(
         self, reader: Reader, model: Any, stops: list[int], asked: list[tuple[Question, list[int]]]
-    ) -> list[Answer]:
+    ) -> list[TeacherAnswer]:
         tokenizer, longest = reader.tokenizer, max(len(ids) for _, ids in asked)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
         rows = [[pad] * (longest - len(ids)) + ids for _, ids in asked]
@@ -82,9 +82,9 @@ class TransformersTeacher:
 
     def _answer(
         self, reader: Reader, model: Any, stops: list[int], question: Question, prompt: list[int], ids: list[int]
-    ) -> Answer:
+    ) -> TeacherAnswer:
         ended = bool(ids) and ids[-1] in stops
-        return Answer(
+        return TeacherAnswer(
             *(question.teacher, question.problem, question.repeat),
             finish="stop" if ended else "length",
             text=reader.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True),

@@ -7,7 +7,7 @@ from typing import Any
 from ..demonstrations.encoding import stop_tokens
 from ..demonstrations.prompts import Reader
 from ..evaluation.model_files import files_fingerprint
-from .answers import Answer
+from .answers import TeacherAnswer
 from .models import fitting, load_reader, prompt_ids_of
 from .teachers import Keep, Question, Sampling
 
@@ -47,7 +47,7 @@ class VLLMTeacher:
 
     def _generate(
         self, llm: Any, reader: Reader, stops: list[int], asked: list[tuple[Question, list[int]]]
-    ) -> list[Answer]:
+    ) -> list[TeacherAnswer]:
         prompts = [{"prompt_token_ids": ids} for _, ids in asked]
         how = [self._sampling_params(question, stops) for question, _ in asked]
         outputs = llm.generate(prompts, sampling_params=how, use_tqdm=False)
@@ -68,13 +68,13 @@ class VLLMTeacher:
             logprobs=0 if self.sampling.logprobs else None,  # of the sampled token alone
         )
 
-    def _answer(self, reader: Reader, stops: list[int], question: Question, prompt: int, made: Any) -> Answer:
+    def _answer(self, reader: Reader, stops: list[int], question: Question, prompt: int, made: Any) -> TeacherAnswer:
         ids = list(made.token_ids)
         ended = bool(ids) and ids[-1] in stops
         logps = None
         if self.sampling.logprobs:
             logps = [entry[token].logprob for entry, token in zip(made.logprobs, ids, strict=True)]
-        return Answer(
+        return TeacherAnswer(
             *(question.teacher, question.problem, question.repeat),
             finish="stop" if ended else "length",
             text=reader.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True),

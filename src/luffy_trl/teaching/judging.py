@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from tqdm.auto import tqdm
 
-from .answers import Answer, Key
+from .answers import Key, TeacherAnswer
 from .grading import Grader
 from .problems import Problem
 from .selection import Draft, Rejection, draft, settle
@@ -14,7 +14,7 @@ from .student import Student
 
 
 # Drafts graded in one call of the reward functions
-GRADED_AT_ONCE = 64
+JUDGED_AT_ONCE = 64
 
 Place: TypeAlias = tuple[int, Key]
 
@@ -34,7 +34,7 @@ class Judge:
         for problem in problems:
             self._rows.setdefault(problem.key, []).append(problem)
 
-    def judge(self, answers: Iterable[Answer], tell: Callable[[int], None] = lambda count: None) -> None:
+    def judge(self, answers: Iterable[TeacherAnswer], tell: Callable[[int], None] = lambda count: None) -> None:
         """Make drafts of answers, one for each row that asks their question.
 
         Args:
@@ -42,12 +42,12 @@ class Judge:
         """
         places = [(problem, answer) for answer in answers for problem in self._rows.get(answer.problem, [])]
         new = [place for place in places if (place[0].row, place[1].key) not in self.drafts]
-        for start in range(0, len(new), GRADED_AT_ONCE):
-            chunk = new[start : start + GRADED_AT_ONCE]
+        for start in range(0, len(new), JUDGED_AT_ONCE):
+            chunk = new[start : start + JUDGED_AT_ONCE]
             self._judge_together(chunk)
             tell(len(chunk))
 
-    def _judge_together(self, places: Sequence[tuple[Problem, Answer]]) -> None:
+    def _judge_together(self, places: Sequence[tuple[Problem, TeacherAnswer]]) -> None:
         made = [(problem, self._made(problem, answer)) for problem, answer in places]
         graded = [(problem, one) for problem, one in made if one.rejected is None]
         if graded:
@@ -60,7 +60,7 @@ class Judge:
         self.right += sum(one.rejected is None for _, one in made)
         self.drafts |= {(problem.row, one.answer.key): one for problem, one in made}
 
-    def _made(self, problem: Problem, answer: Answer) -> Draft:
+    def _made(self, problem: Problem, answer: TeacherAnswer) -> Draft:
         made = draft(answer)
         if made.rejected is None and self.student is not None:
             try:
@@ -90,10 +90,10 @@ class InBackground:
         if kind is None and self._failed is not None:
             raise self._failed
 
-    def take(self, answers: Sequence[Answer]) -> None:
+    def take(self, answers: Sequence[TeacherAnswer]) -> None:
         self._thread.submit(self._judge, list(answers))
 
-    def _judge(self, answers: list[Answer]) -> None:
+    def _judge(self, answers: list[TeacherAnswer]) -> None:
         if self._failed is not None:
             return
         try:

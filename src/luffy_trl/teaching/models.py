@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..demonstrations.prompts import Reader
-from .answers import Answer
+from .answers import TeacherAnswer
 from .problems import Prompt
 from .teachers import Question
 
@@ -58,7 +58,7 @@ def prompt_ids_of(reader: Reader, prompt: Prompt) -> list[int]:
 
 def fitting(
     reader: Reader, questions: Sequence[Question], prompts: Sequence[list[int]]
-) -> tuple[list[tuple[Question, list[int]]], list[Answer]]:
+) -> tuple[list[tuple[Question, list[int]]], list[TeacherAnswer]]:
     """The questions that leave room in the model's window, with their tokens, and what is kept of the others."""
     window = reader.window()
     asked, refused = [], []

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ..data.publishing import look_up
 from ..reporting.tables_and_curves import text_table
-from .answers import Answer, AnswerStore
+from .answers import AnswerStore, TeacherAnswer
 from .asking import Asking
 from .card import dataset_card, logps_sentence
 from .finishing import Account, Selector, row_of
@@ -81,13 +81,13 @@ class Making:
         self._write(selector, answers)
         return selector.account
 
-    def _answers(self) -> dict[str, list[Answer]]:
+    def _answers(self) -> dict[str, list[TeacherAnswer]]:
         """By problem: those that the dataset brings, then those of this run's teachers and samples."""
-        answers: dict[str, list[Answer]] = {}
+        answers: dict[str, list[TeacherAnswer]] = {}
         for i, found in enumerate(self.found):  # numbers below 0: the first, and no sample's
             number = i - len(self.found)
             answers.setdefault(found.key, []).append(
-                Answer(found.teacher, found.key, number, "stop", found.text, 0, 0)
+                TeacherAnswer(found.teacher, found.key, number, "stop", found.text, 0, 0)
             )
         wanted = {problem.key for problem in self.problems}
         for answer in self.store.answers.values():
@@ -95,11 +95,11 @@ class Making:
                 answers.setdefault(answer.problem, []).append(answer)
         return answers
 
-    def _judge(self, answers: Sequence[Answer]) -> None:
+    def _judge(self, answers: Sequence[TeacherAnswer]) -> None:
         with tqdm(total=len(answers), desc="Grading", unit="", leave=False) as bar:
             self.judge.judge(answers, lambda count: bar.update(count) and None)
 
-    def _write(self, selector: Selector, answers: dict[str, list[Answer]]) -> None:
+    def _write(self, selector: Selector, answers: dict[str, list[TeacherAnswer]]) -> None:
         several, rows = self.maximum != 1, []
         rejected_file = self.output_dir / ".rejected.unfinished"
         with (

@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from ..demonstrations.agreement import CLOSING, OPENING
-from .answers import Answer
+from .answers import TeacherAnswer
 from .grading import Grade
 
 
@@ -42,7 +42,7 @@ class Draft:
         score: mean log-prob of its tokens under the student, where that is asked for.
     """
 
-    answer: Answer
+    answer: TeacherAnswer
     text: str = ""
     ids: list[int] = field(default_factory=list)
     grade: Grade | None = None
@@ -55,7 +55,7 @@ class Draft:
         self.rejected, self.detail = reason, detail
 
 
-def draft(answer: Answer) -> Draft:
+def draft(answer: TeacherAnswer) -> Draft:
     """An answer as a demonstration would be written, or already rejected."""
     made = Draft(answer, written(answer))
     if answer.finish == "error":
@@ -69,7 +69,7 @@ def draft(answer: Answer) -> Draft:
     return made
 
 
-def written(answer: Answer) -> str:
+def written(answer: TeacherAnswer) -> str:
     """The answer as the policy should write it, its thought in front.
 
     A server may give the thought apart, or leave out its opening, which the teacher's own template has written.

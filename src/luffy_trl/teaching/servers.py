@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..runs.redaction import known_secrets, redact, redact_values
-from .answers import Answer
+from .answers import TeacherAnswer
 from .teachers import Keep, Question, Sampling, readable
 
 
@@ -57,7 +57,7 @@ class Server:
     missed: int = 0  # questions without an answer, to be asked again by the next run
     _failures: int = 0  # in a row
     _has_answered: bool = False
-    _refused: list[Answer] = field(default_factory=list)  # before the first answer: perhaps all will be
+    _refused: list[TeacherAnswer] = field(default_factory=list)  # before the first answer: perhaps all will be
 
     def settings(self) -> dict[str, Any]:
         extra = redact_values(dict(self.extra_body), known_secrets(self.key))  # some put keys there
@@ -119,7 +119,7 @@ class Server:
         body = {name: value for name, value in {**body, **self.extra_body}.items() if value is not None}
         return {"model": self.name, "messages": messages, "extra_body": body}
 
-    def _read(self, question: Question, content: bytes) -> Answer:
+    def _read(self, question: Question, content: bytes) -> TeacherAnswer:
         """Raises ValueError for what is no chat completion."""
         try:
             reply = json.loads(content)
@@ -129,7 +129,7 @@ class Server:
             message = choice["message"]
             tokens, logps = _logprobs(choice.get("logprobs"))
             prompt_tokens, completion_tokens = _usage(reply.get("usage"))
-            return Answer(
+            return TeacherAnswer(
                 question.teacher,
                 question.problem,
                 question.repeat,

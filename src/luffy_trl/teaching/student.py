@@ -8,13 +8,13 @@ from typing import Any
 from ..demonstrations.agreement import disagreements
 from ..demonstrations.encoding import DemonstrationEncoder, stop_tokens
 from ..demonstrations.prompts import check_prompts
-from .answers import Answer
+from .answers import TeacherAnswer
 from .likelihood import completion_logps
 from .models import load_model, load_reader, prompt_ids_of
 from .problems import Prompt
 
 
-FLAG = "--student"
+STUDENT_FLAG = "--student"
 # The trainer leaves out what is longer than its own limit, and says so
 NO_LIMIT = 1 << 40
 # What decoding makes of bytes that are no whole character
@@ -30,7 +30,7 @@ class Student:
 
     def __init__(self, name: str, dtype: str, device: str | None):
         self.name, self.dtype, self.device = name, dtype, device
-        self.reader = load_reader(name, FLAG)
+        self.reader = load_reader(name, STUDENT_FLAG)
         stops = stop_tokens(name, self.reader.tokenizer)
         self.encoder = DemonstrationEncoder(self.reader.tokenizer, stops, NO_LIMIT, "error", {})
 
@@ -60,9 +60,9 @@ class Student:
 
     @cached_property
     def _model(self) -> Any:
-        return load_model(self.name, self.dtype, self.device, FLAG)
+        return load_model(self.name, self.dtype, self.device, STUDENT_FLAG)
 
-    def teachers_logps(self, answer: Answer, ids: list[int]) -> tuple[list[float] | None, str]:
+    def teachers_logps(self, answer: TeacherAnswer, ids: list[int]) -> tuple[list[float] | None, str]:
         """The teacher's log-probs of the student's tokens, where both have the same; else why they have not."""
         if answer.logps is None:
             return None, "the teacher gave none"
@@ -72,7 +72,7 @@ class Student:
             return (answer.logps, "") if answer.token_ids == ids else (None, "the teacher wrote other tokens")
         return self._server_logps(answer, ids)
 
-    def _server_logps(self, answer: Answer, ids: list[int]) -> tuple[list[float] | None, str]:
+    def _server_logps(self, answer: TeacherAnswer, ids: list[int]) -> tuple[list[float] | None, str]:
         tokens = answer.tokens or []
         if len(tokens) == len(ids) - 1 and self._spelled(tokens, ids[:-1]):
             return None, "the server gave none of the token that ends the answer"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..runs.seeds import derived_seed
-from .answers import Answer
+from .answers import TeacherAnswer
 from .problems import Prompt
 
 
@@ -40,12 +40,12 @@ class Question:
         """No two answers are drawn from the same random numbers, and none from others after a restart."""
         return derived_seed(seed, [self.teacher, self.problem, self.repeat]) >> (63 - SEED_BITS)
 
-    def refused(self, error: str) -> Answer:
+    def refused(self, error: str) -> TeacherAnswer:
         """What is kept of a question that a teacher will never answer."""
-        return Answer(self.teacher, self.problem, self.repeat, "error", "", 0, 0, error=error)
+        return TeacherAnswer(self.teacher, self.problem, self.repeat, "error", "", 0, 0, error=error)
 
 
-Keep = Callable[[Sequence[Answer]], None]
+Keep = Callable[[Sequence[TeacherAnswer]], None]
 
 
 class Teacher(Protocol):
