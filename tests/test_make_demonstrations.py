@@ -542,7 +542,7 @@ def test_a_teacher_more_asks_only_itself(make, tmp_path):
 def test_a_reward_that_fails_loses_no_answer(make, tmp_path, capsys):
     with TeacherServer(right) as server:
         said = refusal(lambda: make(server, reward_funcs="tests.teacher_server.broken_reward"), capsys)
-        assert "--reward_funcs broken_reward failed (KeyError: 'no')" in said
+        assert "row 0: --reward_funcs broken_reward: KeyError: 'no' All samples are kept" in said
         make(server)
         assert len(server.bodies) == 8
 
@@ -845,7 +845,7 @@ def test_the_page_names_every_reason():
         ({"student": "no/such/model"}, "--student no/such/model"),
         ({"reward_funcs": "nothing"}, "--reward_funcs nothing: no such reward function"),
         ({"solved_reward": "other"}, "solved_reward='other' is not the name of a reward function"),
-        ({"reward_weights": [1, 2]}, "--reward_weights has 2 numbers"),
+        ({"reward_weights": [1, 2]}, "--reward_weights has 2 weights for 1 reward functions"),
         ({"reward_funcs": ["format_reward", REWARD]}, "--solved_reward is missing"),
         ({"reward_funcs": "tests.teacher_server.token_reward"}, "reads `completion_ids`, token ids: give --student"),
         ({"dataset_name": "missing.jsonl"}, "--dataset_name missing.jsonl: there is no such file"),

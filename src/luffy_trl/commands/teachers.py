@@ -12,12 +12,11 @@ from urllib.parse import urlsplit
 from datasets import Dataset
 from trl import ScriptArguments
 
-from ..advantages import ANSWER_REWARDS, TOTAL, deciding_reward
+from ..advantages import ANSWER_REWARDS, TOTAL
 from ..checks import check_reward_inputs, needed_columns, reward_name
 from ..data.loading import choose_split
 from ..runs.redaction import known_secrets
 from ..teaching.answers import file_stem
-from ..teaching.grading import Grader
 from ..teaching.in_transformers import TransformersTeacher
 from ..teaching.in_vllm import VLLMTeacher
 from ..teaching.output import check_place
@@ -29,6 +28,7 @@ from ..teaching.teachers import LocalTeacher, Sampling, repeated
 from .adapters import refuse_adapter
 from .datasets_out import check_push
 from .inputs import load_dataset_splits, load_reward_funcs
+from .own_problems import make_grader, named_rewards
 
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -123,16 +123,15 @@ def making(args: argparse.Namespace, argv: Sequence[str]) -> Making:
         OSError: for what cannot be read.
     """
     where = f"--dataset_name {args.dataset_name}"
-    functions = load_reward_funcs(args.reward_funcs, args.dataset_name)
-    names = [reward_name(function) for function in functions]
-    deciding = deciding_reward(names, args.solved_reward)
+    functions = named_rewards(load_reward_funcs(args.reward_funcs, args.dataset_name))
+    grader = make_grader(args, functions, where)
     dataset = _load_problems(args, where)
-    _check_rewards(args, functions, dataset, where)
+    _check_rewards(args, list(functions.values()), dataset, where)
     problems = problems_of(dataset, args.teacher_system_prompt, where)
     student = _student(args, dataset)
     servers, models = _servers(args), _models(args)
     _check_names([teacher.name for teacher in (*servers, *models)])
-    judged = f"the reward `{names[deciding]}`" if deciding is not None else f"the {TOTAL} of {', '.join(names)}"
+    judged = f"the reward `{grader.deciding}`" if grader.deciding else f"the {TOTAL} of {', '.join(functions)}"
     return Making(
         output_dir=args.output_dir,
         source=args.dataset_name,
@@ -143,7 +142,7 @@ def making(args: argparse.Namespace, argv: Sequence[str]) -> Making:
         models=models,
         shared={"system_prompt": args.system_prompt, "teacher_system_prompt": args.teacher_system_prompt},
         num_samples=args.num_samples,
-        grader=Grader(functions, names, args.reward_weights, args.solved_reward, args.solved_threshold, dataset),
+        grader=grader,
         student=student,
         how=args.select,
         maximum=args.max_demonstrations or (None if args.select == "all" and not args.logprobs else 1),
@@ -173,14 +172,7 @@ def _load_problems(args: argparse.Namespace, where: str) -> Dataset:
 
 def _check_rewards(args: argparse.Namespace, functions: Sequence[Callable], dataset: Dataset, where: str) -> None:
     check_reward_inputs(functions, dataset, "--reward_funcs", where, [name for name in MADE if name != "teacher"])
-    if args.reward_weights is not None and len(args.reward_weights) != len(functions):
-        raise ValueError(
-            f"--reward_weights has {len(args.reward_weights)} numbers, and --reward_funcs names {len(functions)} "
-            "functions: give one for each."
-        )
     names = [reward_name(function) for function in functions]
-    if repeated(names):
-        raise ValueError(f"--reward_funcs {repeated(names)} is given twice: name it once.")
     if len(names) > 1 and args.solved_reward is None and not set(names) & set(ANSWER_REWARDS):
         raise ValueError(
             f"--solved_reward is missing: which of {', '.join(names)} says that an answer is right? ({TOTAL}: their "

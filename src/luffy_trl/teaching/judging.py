@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
+from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..demonstrations.encoding import as_completion, without_demonstrations
+from ..evaluation.grading import Answer, Grader
 from .answers import Key, TeacherAnswer
-from .grading import Grader
 from .problems import Problem
 from .selection import Draft, Rejection, draft, settle
 from .student import Student
@@ -24,12 +26,14 @@ class Judge:
     Args:
         grader: the rewards.
         student: whose template and tokens demonstrations have to fit; None: they are not looked at.
+        dataset: the problems' rows, whose columns the rewards read.
     """
 
-    def __init__(self, grader: Grader, student: Student | None, problems: Sequence[Problem]):
+    def __init__(self, grader: Grader, student: Student | None, problems: Sequence[Problem], dataset: Dataset):
         self.grader, self.student = grader, student
         self.drafts: dict[Place, Draft] = {}  # by row and answer
         self.right = self.graded = 0
+        self._columns = dataset.remove_columns("prompt")
         self._rows: dict[str, list[Problem]] = {}
         for problem in problems:
             self._rows.setdefault(problem.key, []).append(problem)
@@ -51,14 +55,17 @@ class Judge:
         made = [(problem, self._made(problem, answer)) for problem, answer in places]
         graded = [(problem, one) for problem, one in made if one.rejected is None]
         if graded:
-            problems, drafts = zip(*graded, strict=True)
-            texts, ids = [one.text for one in drafts], [one.ids for one in drafts]
-            grades = self.grader.grade(problems, texts, ids)
-            for one, grade in zip(drafts, grades, strict=True):
+            grades = self.grader.grade([self._as_sample(*one) for one in graded])
+            for (_, one), grade in zip(graded, grades, strict=True):
                 settle(one, grade)
         self.graded += len(made)
         self.right += sum(one.rejected is None for _, one in made)
         self.drafts |= {(problem.row, one.answer.key): one for problem, one in made}
+
+    def _as_sample(self, problem: Problem, one: Draft) -> Answer:
+        """As the trainer hands a completion and its row to the rewards."""
+        [row] = without_demonstrations([self._columns[problem.row]])
+        return Answer(problem.row, row, problem.prompt, as_completion(problem.prompt, one.text), one.ids)
 
     def _made(self, problem: Problem, answer: TeacherAnswer) -> Draft:
         made = draft(answer)

@@ -9,12 +9,12 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..data.publishing import look_up
+from ..evaluation.grading import Grader
 from ..reporting.tables_and_curves import text_table
 from .answers import AnswerStore, TeacherAnswer
 from .asking import Asking
 from .card import dataset_card, logps_sentence
 from .finishing import Account, Selector, row_of
-from .grading import Grader
 from .judging import Judge
 from .output import made_features, write, write_rejected
 from .problems import Found, Problem
@@ -61,7 +61,7 @@ class Making:
         teachers = [*self.servers, *self.models]
         self.settings = {teacher.name: {**teacher.settings(), **self.shared} for teacher in teachers}
         self.store = AnswerStore(self.output_dir, self.settings)
-        self.judge = Judge(self.grader, self.student, self.problems)
+        self.judge = Judge(self.grader, self.student, self.problems, self.dataset)
         self.asking = Asking(self.store, self.servers, self.models, self.problems, self.num_samples, self.judge)
 
     def run(self) -> Account:

@@ -6,8 +6,8 @@ from enum import StrEnum
 from typing import Any
 
 from ..demonstrations.agreement import CLOSING, OPENING
+from ..evaluation.grading import Grade
 from .answers import TeacherAnswer
-from .grading import Grade
 
 
 class Rejection(StrEnum):
@@ -97,7 +97,7 @@ def settle(one: Draft, grade: Grade) -> None:
     if grade.solved is None:
         one.reject(Rejection.UNGRADED, "no reward applied; the gold answer may be unreadable")
     elif not grade.solved:
-        one.reject(Rejection.NO_ANSWER if grade.has_no_answer else Rejection.WRONG)
+        one.reject(Rejection.NO_ANSWER if grade.answer == "" else Rejection.WRONG)
 
 
 def select(
@@ -140,7 +140,7 @@ def rejected_row(row: int, one: Draft, prompt: Any) -> dict[str, Any]:
         "reason": one.rejected,
         "detail": one.detail,
         "rewards": grade and grade.rewards,
-        "found": grade and grade.found,
+        "answer": grade and grade.answer,
         "prompt": prompt,
         "text": one.text,
     }
