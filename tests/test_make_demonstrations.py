@@ -306,6 +306,29 @@ def test_where_problems_and_answers_are_found(make, tmp_path, problems, columns,
     assert row["prompt"] == ("What is 1 + 1?" if "prompt" in columns else server.bodies[0]["messages"])
 
 
+@pytest.mark.parametrize("flags", [{}, {"max_demonstrations": 1}])
+def test_a_test_split_shares_no_problem_and_no_teacher_is_asked_for_it(make, problems, tmp_path, flags):
+    words = "and this is a story of so many words that nobody would write it twice"
+    rows = [{"question": f"What is {i} + {i}?" + f" {words}" * (i > 6), "answer": str(2 * i)} for i in range(1, 9)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with TeacherServer(right) as server:
+        printed = make(server, num_samples=1, test_size=3, seed=1, **flags)
+        asked = set(server.asked())
+    splits = {name: list(split) for name, split in load_splits(str(tmp_path / "out"), "out").items()}
+    texts = {name: [row["prompt"][0]["content"] for row in split] for name, split in splits.items()}
+    assert (len(texts["train"]), len(texts["test"])) == (5, 3)
+    assert set(texts["train"]) == asked
+    assert set(texts["train"]) | set(texts["test"]) == {row["question"] for row in rows}
+    long = [name for name, split in texts.items() for text in split if words in text]
+    assert len(set(long)) == 1  # the two long ones are near-duplicates
+    assert [row["solution"] for row in splits["test"]] == [
+        str(2 * number({"messages": row["prompt"]})) for row in splits["test"]
+    ]
+    assert not any(row.get("demonstrations") or row.get("completion") for row in splits["test"])
+    assert "5 rows are for training and 3 for testing" in printed
+    assert "5 rows are for training and 3 for testing" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_no_two_answers_have_the_same_seed_and_equal_questions_are_asked_once(make, problems, tmp_path):
     problems.write_text(problems.read_text() * 2)
     with TeacherServer(right) as server:

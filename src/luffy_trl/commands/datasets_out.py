@@ -18,6 +18,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def rows_or_share(text: str) -> float:
+    """A whole number of rows, or a share below 1."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf") or (size >= 1 and size != int(size)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of rows, or a share above 0 and below 1")
+    return size
+
+
 def check_push(args: argparse.Namespace) -> None:
     """Raises ValueError for a push that could only fail."""
     if args.public and not args.push_to_hub:

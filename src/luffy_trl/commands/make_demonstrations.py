@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.filters import NGRAM_SIZE
 from ..rewards.signatures import FORM
 from ..runs.quiet import quiet_progress_bars
 from ..runs.stopping import STOPPED_STATUS
-from .datasets_out import positive, push_dataset
+from .datasets_out import positive, push_dataset, rows_or_share
 
 
 WHAT_IT_DOES = (
@@ -56,6 +57,8 @@ def _make(args: argparse.Namespace, argv: Sequence[str]) -> None:
         print(f"\n{gone} {made.asking.kept()} The same command goes on from there.", file=sys.stderr)
         sys.exit(STOPPED_STATUS)
     print(f"\n{summary(account, sum(server.missed for server in made.servers))}")
+    if made.split:
+        print(made.split[0].upper() + made.split[1:])
     print(f"Dataset, card and rejected.jsonl: {args.output_dir}")
     if account.solved:
         print(
@@ -78,6 +81,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     _add_student(parser)
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, type=Path, metavar="DIR", help="the dataset, and every answer; goes on there")
+    add("--test_size", type=rows_or_share, metavar="N",
+        help="problems of a test split, or a share of all, below 1, which no teacher is asked; it shares no problem "
+        "with the training split, nor --ngram_size words in a row (default: no test split)")  # fmt: skip
+    add("--ngram_size", type=int, default=NGRAM_SIZE, metavar="WORDS", help=f"default: {NGRAM_SIZE}")
     add("--push_to_hub", metavar="REPO_ID", help="also upload the dataset; a new repository is private")
     add("--public", action="store_true", help="make that new repository public")
     return parser
@@ -127,7 +134,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=1.0, help="0 is greedy, one answer a problem (default: 1)")
     add("--top_p", type=float, default=1.0, help="default: 1")
     add("--max_tokens", type=positive, default=8192, help="of an answer; a longer one is rejected (default: 8192)")
-    add("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    add("--seed", type=int, default=0, help="of the sampling, and of the choice of the test split (default: 0)")
 
 
 def _add_grading(parser: argparse.ArgumentParser) -> None:

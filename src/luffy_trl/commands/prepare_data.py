@@ -9,7 +9,7 @@ from ..data.filters import NGRAM_SIZE
 from ..data.prepare import prepare
 from ..data.writing import check_output, finish_killed
 from ..rewards.completions import THOUGHT_MODES
-from .datasets_out import check_push, positive, push_dataset
+from .datasets_out import check_push, positive, push_dataset, rows_or_share
 
 
 def main(argv: Sequence[str], prog: str) -> None:
@@ -62,7 +62,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     _add_filters(parser.add_argument_group("filters"))
 
     group = parser.add_argument_group("splits")
-    group.add_argument("--test_size", type=_size, metavar="N",
+    group.add_argument("--test_size", type=rows_or_share, metavar="N",
                        help="rows of a test split, or a share of all, below 1; it shares no problem with the training "
                        "split, nor --ngram_size words in a row; default: no test split")  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of the choice of the test split; default: 0")
@@ -117,14 +117,3 @@ def check_arguments(args: argparse.Namespace) -> None:
         print(sentence, flush=True)
     check_output(args.output_dir, args.overwrite)
     check_push(args)
-
-
-def _size(text: str) -> float:
-    """A whole number of rows, or a share below 1."""
-    try:
-        size = float(text)
-    except ValueError:
-        size = 0.0
-    if not 0 < size < float("inf") or (size >= 1 and size != int(size)):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of rows, or a share above 0 and below 1")
-    return size

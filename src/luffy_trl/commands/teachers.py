@@ -15,6 +15,8 @@ from trl import ScriptArguments
 from ..advantages import ANSWER_REWARDS, TOTAL
 from ..checks import check_reward_inputs, needed_columns, reward_name
 from ..data.loading import choose_split
+from ..data.schemas import user_text
+from ..data.splitting import split_problems
 from ..runs.redaction import known_secrets
 from ..teaching.answers import file_stem
 from ..teaching.in_transformers import TransformersTeacher
@@ -111,6 +113,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--concurrency {args.concurrency} is more than the {MOST_CONNECTIONS} that the client opens."
         )
+    if args.ngram_size < 0:
+        raise ValueError(f"--ngram_size {args.ngram_size} must be 0 or more.")
     if args.max_retries < 0:
         raise ValueError(f"--max_retries {args.max_retries} must be 0 or more.")
 
@@ -127,6 +131,7 @@ def making(args: argparse.Namespace, argv: Sequence[str]) -> Making:
     grader = make_grader(args, functions, where)
     dataset = _load_problems(args, where)
     _check_rewards(args, list(functions.values()), dataset, where)
+    dataset, test, split = _split(args, dataset)
     problems = problems_of(dataset, args.teacher_system_prompt, where)
     student = _student(args, dataset)
     servers, models = _servers(args), _models(args)
@@ -136,6 +141,8 @@ def making(args: argparse.Namespace, argv: Sequence[str]) -> Making:
         output_dir=args.output_dir,
         source=args.dataset_name,
         dataset=dataset,
+        test=test,
+        split=split,
         problems=problems,
         found=found_in(dataset, problems, where),
         servers=servers,
@@ -168,6 +175,17 @@ def _load_problems(args: argparse.Namespace, where: str) -> Dataset:
     if args.limit is not None:
         dataset = dataset.select(range(min(args.limit, len(dataset))))
     return with_system_prompt(dataset, args.system_prompt, where)
+
+
+def _split(args: argparse.Namespace, dataset: Dataset) -> tuple[Dataset, Dataset | None, str]:
+    """The problems to be solved, those of a test split, and a sentence on both."""
+    if args.test_size is None:
+        return dataset, None, ""
+    texts = (user_text(prompt) for prompt in dataset["prompt"][:])
+    split = split_problems(texts, args.test_size, args.seed, args.ngram_size)
+    rows = range(len(dataset))
+    test = [row for row in rows if row in split.test]
+    return dataset.select([row for row in rows if row not in split.test]), dataset.select(test), split.says()
 
 
 def _check_rewards(args: argparse.Namespace, functions: Sequence[Callable], dataset: Dataset, where: str) -> None:

@@ -67,6 +67,7 @@ def dataset_card(
     account: Account,
     settings: Mapping[str, Mapping[str, Any]],
     right_if: str,
+    split: str,
     argv: Sequence[str],
     secrets: set[str],
 ) -> str:
@@ -74,6 +75,7 @@ def dataset_card(
     Args:
         load: what `load_dataset` takes to load it.
         settings: by teacher, what its answers depend on.
+        split: a sentence on the test split.
         argv: the command's arguments.
         secrets: of the teachers.
     """
@@ -82,7 +84,7 @@ def dataset_card(
         load=load,
         source=source.text,
         teachers=", ".join(f"`{teacher}`" for teacher in settings) or "nobody",
-        solved=f"{account.solved:,} of {account.problems:,} problems have one; the others stay without.",
+        solved=f"{account.solved:,} of {account.problems:,} problems have one; the others stay without. {split}",
         columns="\n".join(f"| `{column}` | {MEANING.get(column, 'of the source')} |" for column in columns),
         by_teacher=rows(account.by_teacher()),
         settings="\n".join(_asked_with(teacher, made, secrets) for teacher, made in settings.items()),

@@ -65,24 +65,40 @@ def made_features(dataset: Dataset, rows: Sequence[dict[str, Any]]) -> Features:
     return Features({name: feature for name, feature in dataset.features.items() if name not in MADE} | made)
 
 
-def write(directory: Path, dataset: Dataset, rows: Sequence[dict[str, Any]], rejected: Path, card: str) -> None:
+def write(
+    directory: Path,
+    dataset: Dataset,
+    rows: Sequence[dict[str, Any]],
+    test: Dataset | None,
+    rejected: Path,
+    card: str,
+) -> None:
     """All of it; the data first, in one move.
 
     Args:
         rows: the made columns of each problem.
+        test: the problems of a test split, which have no demonstrations.
         rejected: the file of rejected answers, which is moved into its place.
     """
     features = made_features(dataset, rows)
-    made = Features({name: feature for name, feature in features.items() if name in MADE})
-    kept = dataset.select_columns([name for name in features if name not in MADE]).with_format("arrow")
-    with all_or_nothing(directory / DATA_DIR) as result, ParquetShards(result, features) as shards:
-        for start in range(0, len(rows), WRITTEN_AT_ONCE):
-            part = slice(start, start + WRITTEN_AT_ONCE)
-            shards.write_table(_beside(kept[part], rows[part], made))
+    with all_or_nothing(directory / DATA_DIR) as result:
+        _write_split(ParquetShards(result, features), dataset, rows, features)
+        if test is not None:
+            nothing: dict[str, Any] = {name: [] if "demonstrations" in rows[0] else None for name in rows[0]}
+            _write_split(ParquetShards(result, features, "test"), test, [nothing] * len(test), features)
     os.replace(rejected, directory / REJECTED_FILE)
     unfinished = directory / f".{README}.unfinished"
     unfinished.write_text(card, encoding="utf-8")
     os.replace(unfinished, directory / README)
+
+
+def _write_split(shards: ParquetShards, dataset: Dataset, rows: Sequence[dict[str, Any]], features: Features) -> None:
+    made = Features({name: feature for name, feature in features.items() if name in MADE})
+    kept = dataset.select_columns([name for name in features if name not in MADE]).with_format("arrow")
+    with shards:
+        for start in range(0, len(rows), WRITTEN_AT_ONCE):
+            part = slice(start, start + WRITTEN_AT_ONCE)
+            shards.write_table(_beside(kept[part], rows[part], made))
 
 
 def _beside(table: pa.Table, rows: Sequence[dict[str, Any]], made: Features) -> pa.Table:

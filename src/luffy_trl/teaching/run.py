@@ -30,6 +30,7 @@ class Making:
     Args:
         source: the dataset's name, as it was given.
         dataset: its rows in the data contract, `problems` what is asked, `found` the demonstrations that it brings.
+        test: rows that nobody is asked, None without a test split; `split` says how they were chosen.
         servers, models: the teachers.
         shared: settings beside the teachers' own on which answers depend.
         how, maximum: see `select`; a maximum of 1 makes the column `completion`.
@@ -41,6 +42,8 @@ class Making:
     output_dir: Path
     source: str
     dataset: Dataset
+    test: Dataset | None
+    split: str
     problems: Sequence[Problem]
     found: Sequence[Found]
     servers: Sequence[Server]
@@ -114,11 +117,11 @@ class Making:
         if not selector.account.with_logps:
             rows = [{name: value for name, value in row.items() if name != "completion_logps"} for row in rows]
         card = self._card(list(made_features(self.dataset, rows)), selector.account)
-        write(self.output_dir, self.dataset, rows, rejected_file, card)
+        write(self.output_dir, self.dataset, rows, self.test, rejected_file, card)
 
     def _card(self, columns: Sequence[str], account: Account) -> str:
         name, source = self.output_dir.resolve().name, look_up(self.source)
-        settings = (self.settings, self.right_if, self.argv, self.secrets)
+        settings = (self.settings, self.right_if, self.split, self.argv, self.secrets)
         return dataset_card(name, self.load, source, columns, account, *settings)
 
 
