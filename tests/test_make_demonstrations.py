@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -552,6 +553,18 @@ def test_what_changes_answers_is_refused_by_name_and_what_does_not_grades_anew(m
         make(server, num_samples=5, reward_funcs="tests.teacher_server.any_reward")
         assert len(server.bodies) == 20
         assert len({body["seed"] for body in server.bodies}) == 20
+
+
+def test_another_model_in_the_same_directory_is_refused(make, tmp_path, capsys, tiny_model_dir):
+    shutil.copytree(tiny_model_dir, tmp_path / "teacher")
+    flags = {"dataset_name": "letter_walk", "limit": 1, "teacher_model_name_or_path": tmp_path / "teacher",
+             "reward_funcs": "tests.teacher_server.any_reward", "max_tokens": 3}  # fmt: skip
+    make(**flags)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    model.lm_head.weight.data += 1
+    model.save_pretrained(tmp_path / "teacher")
+    said = refusal(lambda: make(**flags), capsys)
+    assert "holds answers of teacher made with other files in the model's directory than now" in said
 
 
 def test_a_teacher_more_asks_only_itself(make, tmp_path):

@@ -22,6 +22,10 @@ ANSWERS_DIR = "_answers"
 SETTINGS_FILE = "run.json"
 START_OF_ANSWERS = b'{"teacher": "'
 
+# Of a local model's settings: a fingerprint, which says nothing to a person
+MODEL_FILES = "files"
+OTHER_FILES = "other files in the model's directory than now"
+
 Key: TypeAlias = tuple[str, str, int]
 
 
@@ -141,7 +145,7 @@ def file_stem(teacher: str) -> str:
 
 def _differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
-        f"--{name} {shown(kept.get(name))} instead of {value!r}"
+        OTHER_FILES if name == MODEL_FILES else f"--{name} {shown(kept.get(name))} instead of {value!r}"
         for name, value in now.items()
         if kept.get(name) != value and not (name == "logprobs" and kept.get(name))  # more than is asked for now
     ]

@@ -9,6 +9,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from ..data.publishing import COLUMNS, VERSIONS_OF, Source
 from ..runs.recipe import plain, shown_command
 from ..runs.redaction import known_secrets, redact_values
+from .answers import MODEL_FILES
 from .finishing import Account
 
 
@@ -113,5 +114,5 @@ def logps_sentence(account: Account) -> str:
 
 
 def _asked_with(teacher: str, made: Mapping[str, Any], secrets: set[str]) -> str:
-    shown = plain(redact_values({k: v for k, v in made.items() if k != "files" and v not in (None, {})}, secrets))
+    shown = plain(redact_values({k: v for k, v in made.items() if k != MODEL_FILES and v not in (None, {})}, secrets))
     return f"- `{teacher}`: " + ", ".join(f"{name} {value}" for name, value in shown.items())

@@ -11,7 +11,7 @@ from ..demonstrations.encoding import stop_tokens
 from ..demonstrations.prompts import Reader
 from ..evaluation.model_files import files_fingerprint
 from ..runs.seeds import derived_seed
-from .answers import TeacherAnswer
+from .answers import MODEL_FILES, TeacherAnswer
 from .likelihood import completion_logps
 from .models import fitting, load_model, load_reader, prompt_ids_of
 from .teachers import Keep, Question, Sampling
@@ -33,7 +33,7 @@ class TransformersTeacher:
     batch_size: int
 
     def settings(self) -> dict[str, Any]:
-        own = {"teacher_model_name_or_path": self.path, "files": files_fingerprint(self.path), "dtype": self.dtype}
+        own = {"teacher_model_name_or_path": self.path, MODEL_FILES: files_fingerprint(self.path), "dtype": self.dtype}
         return own | {"teacher_backend": "transformers"} | asdict(self.sampling)
 
     def answer(self, questions: Sequence[Question], keep: Keep) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from ..demonstrations.encoding import stop_tokens
 from ..demonstrations.prompts import Reader
 from ..evaluation.model_files import files_fingerprint
-from .answers import TeacherAnswer
+from .answers import MODEL_FILES, TeacherAnswer
 from .models import fitting, load_reader, prompt_ids_of
 from .teachers import Keep, Question, Sampling
 
@@ -29,7 +29,7 @@ class VLLMTeacher:
     chunk_size: int
 
     def settings(self) -> dict[str, Any]:
-        own = {"teacher_model_name_or_path": self.path, "files": files_fingerprint(self.path), "dtype": self.dtype}
+        own = {"teacher_model_name_or_path": self.path, MODEL_FILES: files_fingerprint(self.path), "dtype": self.dtype}
         return own | {"teacher_backend": "vllm"} | asdict(self.sampling)
 
     def answer(self, questions: Sequence[Question], keep: Keep) -> None:
