@@ -169,6 +169,30 @@ def test_a_process_leaves_to_another_what_that_is_at_and_the_next_makes_what_a_k
     assert "mine" in capsys.readouterr().out
 
 
+def test_benchmarks_are_shared_in_the_same_way(speaking_model, tmp_path, capsys):
+    rows = [
+        {
+            "data_source": "math",
+            "prompt": [{"role": "user", "content": f"{i}?"}],
+            "reward_model": {"ground_truth": "2"},
+        }
+        for i in range(4)
+    ]
+    (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--model", str(speaking_model), "--data_files", str(tmp_path / "math.jsonl"), "--chunk_size", "1"]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--max_new_tokens", "48"]
+    main([*arguments, "--limit", "1"])
+    claim = "held = store.claimed([('luffy_math500', 2, 0)]); held.__enter__()"
+    other = Other(tmp_path / "out", claim, json.loads((tmp_path / "out" / "run.json").read_text()))
+    main(arguments)
+    assert "3 of 4 samples are kept" in (printed := capsys.readouterr().out)
+    assert "Other processes are at work there" in printed
+    other.kill()
+    main(arguments)
+    assert {s["doc_id"] for s in lines_in(tmp_path / "out")} == {0, 1, 2, 3}
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["luffy_math500"]["problems"] == 4
+
+
 def test_a_launched_process_that_comes_while_another_scores_is_no_failure(
     speaking_model, data, tmp_path, capsys, monkeypatch
 ):

@@ -361,7 +361,7 @@ def test_evaluation_without_a_split_says_how_to_bring_one(command, flags, last_l
             lambda d: d.remove_columns("solution"),
             "letter_walk_reward needs the column 'solution', and the eval_dataset of",
         ),
-        (lambda d: d.rename_column("prompt", "question"), "only question, completion, solution"),
+        (lambda d: d.rename_column("prompt", "query"), "only query, completion, solution"),
         (lambda d: d.add_column("prompts", ["a"] * len(d)), "`eval_dataset` has a column 'prompts'"),
         (
             lambda d: d.add_column("demonstration_ids", ["a"] * len(d)),

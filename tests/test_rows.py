@@ -164,10 +164,10 @@ def test_numbers_and_texts_are_gold_answers_together(tmp_path):
 
 
 def test_without_a_column_of_prompts(tmp_path, capsys):
-    path = lines(tmp_path / "x.jsonl", [{"question": "1 + 1?", "completion": "2", "solution": "2"}])
+    path = lines(tmp_path / "x.jsonl", [{"query": "1 + 1?", "completion": "2", "solution": "2"}])
     for command in ("train", "sft"):
         said = refusal(command, path, capsys)
-        assert "has no column `prompt`, only question, completion, solution: rename yours, or" in said
+        assert "has no column `prompt`, only query, completion, solution: rename yours, or" in said
 
 
 def test_sft_names_the_row_of_a_demonstration(tmp_path, capsys):

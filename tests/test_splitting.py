@@ -119,6 +119,7 @@ def test_a_table_of_questions_becomes_two_splits(tmp_path, capsys):
     }
     assert "17 rows are for training and 5 for testing; 2 rows are near-duplicates of others, in 1 clusters" in printed
     assert "no demonstration: not checked, --keep_without_demonstration" in printed
+    assert f"train.py --num_demonstrations 0 --dataset_name {tmp_path / 'out'}" in printed
     assert f"luffy-trl eval --dataset_name {tmp_path / 'out'} --reward_funcs math_reward_optional_thought" in printed
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| for testing (`test`) | 5 | - |" in card

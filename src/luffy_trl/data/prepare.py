@@ -91,7 +91,8 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> None:
     if tally.kept["rows"] > 0:
         reward = "math_reward" if _thought(args, schema) == "required" else "math_reward_optional_thought"
         data = f"--dataset_name {args.output_dir} --reward_funcs {reward} ..."
-        print(f"Train on it with: train.py {data}", flush=True)
+        alone = "" if tally.kept["demonstrations"] else "--num_demonstrations 0 "
+        print(f"Train on it with: train.py {alone}{data}", flush=True)
         if split is not None:
             print(f"Evaluate on it with: luffy-trl eval {data}", flush=True)
 
