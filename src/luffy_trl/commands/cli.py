@@ -21,6 +21,11 @@ COMMANDS = {
     "push": ("push", "main", "push an output directory to the Hub, or what a run could not push"),
     "prepare-model": ("prepare_model", "main", "extend a model's window, and give it a chat template"),
     "prepare-data": ("prepare_data", "main", "filter a dataset, and write it as the trainer reads it"),
+    "make-demonstrations": (
+        "make_demonstrations",
+        "main",
+        "have stronger models solve problems; keep what is right",
+    ),
     "eval": ("eval", "main", "evaluate a model on the paper's benchmarks, or on problems of your own"),
     "compare": ("compare", "main", "train and evaluate several methods on the same data, one table at the end"),
     "report": ("report", "main", "write one page of curves and completions from runs' output"),

@@ -28,8 +28,8 @@ def load_own_problems(args: argparse.Namespace, model_args: Mapping[str, Any]) -
     """
     where = f"--dataset_name {args.dataset_name}"
     try:
-        functions = _named(load_reward_funcs(args.reward_funcs, args.dataset_name))
-        grader = _grader(args, functions, where)
+        functions = named_rewards(load_reward_funcs(args.reward_funcs, args.dataset_name))
+        grader = make_grader(args, functions, where)
         dataset = _load(args)
         check_reward_inputs(list(functions.values()), dataset, "--reward_funcs", where, SOURCE_COLUMNS)
     except (ValueError, OSError, ImportError) as error:
@@ -37,7 +37,7 @@ def load_own_problems(args: argparse.Namespace, model_args: Mapping[str, Any]) -
     return OwnProblems(args, model_args, dataset, where, grader)
 
 
-def _named(functions: Sequence[Callable]) -> dict[str, Callable]:
+def named_rewards(functions: Sequence[Callable]) -> dict[str, Callable]:
     named = {reward_name(function): function for function in functions}
     if len(named) < len(functions):
         raise ValueError(f"--reward_funcs: two of {', '.join(map(reward_name, functions))} have one name.")
@@ -67,7 +67,7 @@ def _split(name: str, splits: Mapping[str, Dataset | IterableDataset]) -> str:
     )
 
 
-def _grader(args: argparse.Namespace, functions: Mapping[str, Callable], where: str) -> Grader:
+def make_grader(args: argparse.Namespace, functions: Mapping[str, Callable], where: str) -> Grader:
     """Grades as the trainer does, and calls solved what it calls solved."""
     names, threshold = list(functions), 1.0 if args.solved_threshold is None else args.solved_threshold
     if not math.isfinite(threshold):

@@ -1,20 +1,15 @@
 """`luffy-trl prepare-data`: its flags, what about them is wrong before anything is loaded, and the push at the end."""
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from ..data.filters import NGRAM_SIZE
 from ..data.prepare import prepare
-from ..data.publishing import push
 from ..data.writing import check_output, finish_killed
 from ..rewards.completions import THOUGHT_MODES
+from .datasets_out import check_push, positive, push_dataset, rows_or_share
 
 
 def main(argv: Sequence[str], prog: str) -> None:
@@ -28,25 +23,7 @@ def main(argv: Sequence[str], prog: str) -> None:
     except KeyboardInterrupt:
         sys.exit(f"\nInterrupted. Nothing was written to {args.output_dir}")
     if args.push_to_hub:
-        _push(args)
-
-
-def _push(args: argparse.Namespace) -> None:
-    kept = f"The dataset is complete in {args.output_dir}; push it again with: {_push_command(args)}"
-    print(f"Pushing to {args.push_to_hub} ...", flush=True)
-    try:
-        print(f"Pushed to {push(args.output_dir, args.push_to_hub, private=not args.public)}")
-    except ValueError as error:
-        sys.exit(f"{error} {kept}")
-    except KeyboardInterrupt:
-        sys.exit(f"\nThe push was interrupted. {kept}")
-
-
-def _push_command(args: argparse.Namespace) -> str:
-    visibility = [] if args.public else ["--private"]
-    return shlex.join(
-        ["hf", "upload", args.push_to_hub, str(args.output_dir), ".", "--repo-type", "dataset", *visibility]
-    )
+        push_dataset(args, "prepared by luffy-trl prepare-data")
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -66,8 +43,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add("--config", help="configuration of a Hub dataset that has several")
     add("--split", default="train", help="default: train")
     add("--streaming", action="store_true", help="read as it is needed, without a download of everything first")
-    add("--max_rows", type=_positive, metavar="N", help="read the first N rows only")
-    add("--num_proc", type=_positive, metavar="N", help="processes; default: one per core, fewer for few rows")
+    add("--max_rows", type=positive, metavar="N", help="read the first N rows only")
+    add("--num_proc", type=positive, metavar="N", help="processes; default: one per core, fewer for few rows")
 
     group = parser.add_argument_group("columns of your own (a prompt is a text or messages)")
     group.add_argument("--prompt_column", metavar="NAME")
@@ -85,7 +62,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     _add_filters(parser.add_argument_group("filters"))
 
     group = parser.add_argument_group("splits")
-    group.add_argument("--test_size", type=_size, metavar="N",
+    group.add_argument("--test_size", type=rows_or_share, metavar="N",
                        help="rows of a test split, or a share of all, below 1; it shares no problem with the training "
                        "split, nor --ngram_size words in a row; default: no test split")  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of the choice of the test split; default: 0")
@@ -105,7 +82,7 @@ def _add_filters(group: argparse._ArgumentGroup) -> None:
                        help="how many words in a row, shared with a benchmark, count as being in it; 0: whole "
                        f"problems only; default: {NGRAM_SIZE}")  # fmt: skip
     group.add_argument("--tokenizer", metavar="MODEL", help="the model that will be trained, to count tokens")
-    group.add_argument("--max_tokens", type=_positive, default=8192, metavar="N",
+    group.add_argument("--max_tokens", type=positive, default=8192, metavar="N",
                        help="longest demonstration, EOS included; default: 8192, as in the paper")  # fmt: skip
     group.add_argument("--no_length", action="store_true", help="do not count tokens")
     verify = group.add_mutually_exclusive_group()
@@ -115,7 +92,7 @@ def _add_filters(group: argparse._ArgumentGroup) -> None:
                        help="a </think> before the answer is required (default for recognised datasets), optional "
                        "(default for your columns) or unused")  # fmt: skip
     group.add_argument("--no_deduplicate", action="store_true", help="keep problems that are there twice")
-    group.add_argument("--max_demonstrations", type=_positive, metavar="N",
+    group.add_argument("--max_demonstrations", type=positive, metavar="N",
                        help="of each prompt, the first ones; default: all. With 1 the column is `completion`, "
                        "which SFTTrainer takes too, instead of `demonstrations`")  # fmt: skip
 
@@ -139,29 +116,4 @@ def check_arguments(args: argparse.Namespace) -> None:
     for sentence in finish_killed(args.output_dir):
         print(sentence, flush=True)
     check_output(args.output_dir, args.overwrite)
-    if args.public and not args.push_to_hub:
-        raise ValueError("--public is about the repository of --push_to_hub, which is missing.")
-    if args.push_to_hub:
-        try:
-            validate_repo_id(args.push_to_hub)
-        except HFValidationError as error:
-            raise ValueError(f"--push_to_hub {args.push_to_hub}: {error}") from error
-        if get_token() is None:
-            raise ValueError("--push_to_hub needs an account: log in with `hf auth login`, or set HF_TOKEN.")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of 1 or more")
-    return int(text)
-
-
-def _size(text: str) -> float:
-    """A whole number of rows, or a share below 1."""
-    try:
-        size = float(text)
-    except ValueError:
-        size = 0.0
-    if not 0 < size < float("inf") or (size >= 1 and size != int(size)):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of rows, or a share above 0 and below 1")
-    return size
+    check_push(args)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from ..demonstrations.encoding import demonstration_text
+from ..demonstrations.encoding import as_completion, demonstration_text
 from ..runs.best import check_metric
 from ..runs.budget import TokenBudgetConfig, TokenBudgetMixin
 from ..runs.mixin import WholeCheckpointMixin
@@ -77,7 +77,7 @@ def to_prompt_completion(dataset: Dataset) -> Dataset:
         # One form for both, which is all that SFTTrainer takes. Says what is wrong with a demonstration that is none
         texts = [demonstration_text(completion, f"Row {row}: `{name}`") for row, _, completion in found]
         completions = [
-            completion if isinstance(prompt, list) is isinstance(completion, list) else as_in(prompt, text)
+            completion if isinstance(prompt, list) is isinstance(completion, list) else as_completion(prompt, text)
             for (prompt, completion), text in zip(pairs, texts, strict=True)
         ]
         return {"prompt": [prompt for prompt, _ in pairs], "completion": completions}
@@ -85,11 +85,6 @@ def to_prompt_completion(dataset: Dataset) -> Dataset:
     return dataset.map(
         explode, batched=True, with_indices=True, remove_columns=dataset.column_names, desc="One row a demonstration"
     )
-
-
-def as_in(prompt: str | list, text: str) -> str | list:
-    """The text in the prompt's form."""
-    return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
 
 
 class WholeSFTTrainer(WholeCheckpointMixin, TokenBudgetMixin, SFTTrainer):

@@ -8,7 +8,7 @@ from datasets.data_files import DEFAULT_SPLITS, SPLIT_KEYWORDS
 from huggingface_hub import DatasetCard
 
 from .files import TYPED, UNREADABLE, ending, expected_endings
-from .writing import DROPPED_FILE
+from .writing import DROPPED_FILE, REJECTED_FILE
 
 
 # Beside the data: what `datasets` writes about it
@@ -34,8 +34,8 @@ def split_files(directory: Path, where: str) -> dict[str, list[Path]]:
         ValueError: for files of several formats, or some with a split and some without: none is left out in silence.
     """
     files = [path for path in _files(directory) if path.name not in ABOUT]
-    if any(path.parent.name == "data" for path in files):  # of prepare-data, whose list of dropped rows is no data
-        files = [path for path in files if path != directory / DROPPED_FILE]
+    if any(path.parent.name == "data" for path in files):  # of our own, where lists of what was left out are no data
+        files = [path for path in files if path not in (directory / DROPPED_FILE, directory / REJECTED_FILE)]
     formats: dict[str, Path] = {}
     for path in files:
         formats.setdefault(_format(path), path)

@@ -17,9 +17,9 @@ from typing import Any
 import multiprocess
 from datasets import Dataset, Features, IterableDataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
-from ..demonstrations.encoding import DemonstrationEncoder
+from ..demonstrations.encoding import DemonstrationEncoder, stop_tokens
 from ..reporting.tables_and_curves import text_table
 from ..rewards.completions import Thought
 from .benchmarks import load_benchmarks
@@ -116,12 +116,7 @@ def _encoder(args: argparse.Namespace) -> DemonstrationEncoder:
         raise ValueError(f"--tokenizer {args.tokenizer} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--tokenizer {args.tokenizer} has no EOS token, so a demonstration cannot end.")
-    try:
-        stops = GenerationConfig.from_pretrained(args.tokenizer).eos_token_id
-    except OSError:  # a tokenizer without a model
-        stops = None
-    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    return DemonstrationEncoder(tokenizer, [tokenizer.eos_token_id, *stops], args.max_tokens, "drop", {})
+    return DemonstrationEncoder(tokenizer, stop_tokens(args.tokenizer, tokenizer), args.max_tokens, "drop", {})
 
 
 def _processes(args: argparse.Namespace, dataset: Dataset | IterableDataset) -> int:

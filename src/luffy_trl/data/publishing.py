@@ -117,8 +117,18 @@ def dataset_card(
     return DatasetCard(f"---\n{data}\n---\n{text}")
 
 
-def push(directory: Path, repo_id: str, private: bool) -> str:
-    """Upload the prepared dataset; returns its address.
+def push(
+    directory: Path,
+    repo_id: str,
+    private: bool,
+    made_by: str = "prepared by luffy-trl prepare-data",
+    left_out: Sequence[str] = (),
+) -> str:
+    """Upload the dataset; returns its address.
+
+    Args:
+        made_by: for the commit's message.
+        left_out: patterns of files that stay here.
 
     Raises:
         ValueError: if the Hub refuses it or cannot be reached.
@@ -130,7 +140,8 @@ def push(directory: Path, repo_id: str, private: bool) -> str:
             repo_id=url.repo_id,
             folder_path=directory,
             repo_type="dataset",
-            commit_message="Add the dataset prepared by luffy-trl prepare-data",
+            commit_message=f"Add the dataset {made_by}",
+            ignore_patterns=list(left_out),
         )
     except (OSError, ValueError, httpx.HTTPError) as error:
         first = str(error).strip().splitlines()[0]

@@ -16,7 +16,8 @@ from datasets import Features
 from filelock import FileLock, Timeout
 
 
-DROPPED_FILE = "dropped.jsonl"
+# Lists of what was left out, of prepare-data and of make-demonstrations: no data
+DROPPED_FILE, REJECTED_FILE = "dropped.jsonl", "rejected.jsonl"
 OWN_FILES = re.compile(rf"README\.md|{re.escape(DROPPED_FILE)}|data|data/(train|test)-\d{{5,}}\.parquet")
 # Of text in memory; about a third of it on disk. Many readers, and the Hub's viewer, take whole files.
 SHARD_BYTES = 1_000_000_000
@@ -157,13 +158,14 @@ class ParquetShards:
             self._writer.close()
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        if not rows:
-            return
+        if rows:
+            self.write_table(pa.Table.from_pylist(rows, schema=self.schema))
+
+    def write_table(self, table: pa.Table) -> None:
         if self._bytes > SHARD_BYTES:
             self._open()
-        table = pa.Table.from_pylist(rows, schema=self.schema)
         assert self._writer is not None
-        self._writer.write_table(table)
+        self._writer.write_table(table.cast(self.schema))
         self._bytes += table.nbytes
 
     def _open(self) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl import prepare_multimodal_messages
 
 
@@ -316,6 +316,11 @@ def demonstration_text(value: Any, where: str) -> str:
     return value
 
 
+def as_completion(prompt: str | list, text: str) -> str | list[dict[str, str]]:
+    """The text in the prompt's form."""
+    return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+
+
 def rendered_prompt(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     prompt: str | list[dict[str, Any]],
@@ -353,6 +358,16 @@ def end_of_turn(
     ids = tokenizer(end, add_special_tokens=False)["input_ids"] if before and end.strip() else []
     after_blanks = next((i for i in ids if i in special or tokenizer.decode([i]).strip()), None)
     return after_blanks if after_blanks in special else next(iter(ids), None)
+
+
+def stop_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token at which the model's generation stops, the tokenizer's EOS first."""
+    try:
+        stops = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:  # a tokenizer without a model
+        stops = None
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
 
 
 def without_repeated_opening(prompt: str, text: str) -> str:

@@ -1,7 +1,5 @@
 """lm-eval's Hugging Face and vLLM back ends, which here also say how long each response was and whether it was cut."""
 
-import hashlib
-import json
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.models.huggingface import HFLM
 
+from ..runs.seeds import derived_seed
 from . import EvaluationError
 from .model_files import read_adapter_config
 
@@ -171,9 +170,3 @@ def adapter_arguments(backend: str, adapter: str) -> dict[str, Any]:
             )
         arguments["max_lora_rank"] = fitting[0]
     return arguments
-
-
-def derived_seed(seed: int, key: Any) -> int:
-    """A seed of 63 bits for `key`, the same in every process."""
-    digest = hashlib.sha256(json.dumps([seed, key]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..runs.kept_lines import LONGEST_LINE, shown
 from . import EvaluationError
-from .lines import LONGEST_LINE, shown
 
 
 RUN_FILE = "run.json"

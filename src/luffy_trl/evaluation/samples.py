@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..runs.kept_lines import LONGEST_LINE, is_half_written, line_of
 from . import EvaluationError, LeftToOthersError, ScoringError
 from .claims import Claims
-from .lines import LONGEST_LINE, Key, Sample, is_half_written, line_of, sample_of
+from .lines import LINE_START, Key, Sample, sample_of
 from .manifest import agree
 
 
@@ -185,7 +186,7 @@ class SampleStore:
                 try:
                     sample = sample_of(line, task)
                 except (ValueError, RecursionError) as error:
-                    if isinstance(error, json.JSONDecodeError) and is_half_written(line):
+                    if isinstance(error, json.JSONDecodeError) and is_half_written(line, LINE_START):
                         # a kill in the middle of a write: generated again
                         self.half_written += 1
                         self._ends.append((path, b""))
