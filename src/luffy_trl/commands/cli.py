@@ -22,6 +22,7 @@ COMMANDS = {
     "prepare-data": ("prepare_data", "main", "filter a dataset, and write it as the trainer reads it"),
     "eval": ("eval", "main", "evaluate a model on the paper's benchmarks, with lm-eval"),
     "report": ("report", "main", "write one page of curves and completions from runs' output"),
+    "env": ("env", "main", "print versions, hardware and configuration, for a bug report"),
     "demo": ("cli", "demo", "compare GRPO, LUFFY and SFT on the embedded task, on a CPU"),
 }
 

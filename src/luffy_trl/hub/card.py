@@ -129,10 +129,10 @@ def recipe_section(facts: CardFacts) -> str:
     return "\n\n".join(parts)
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Package -> version, of those that are installed."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # an optional one
