@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from ..evaluation import EvaluationError
 from ..evaluation.templates import FROM_DATA, OWN, TEMPLATES
+from ..hub.errors import PushError
 from ..rewards.completions import THOUGHT_MODES
 
 
@@ -27,17 +28,24 @@ def main(argv: Sequence[str] | None = None, prog: str = "luffy-trl eval") -> Non
     args = parser.parse_args(argv)
     try:
         check(args)
+        from ..evaluation.publishing import Publisher
         from ..evaluation.run import Evaluation
 
+        publisher = None if args.push_to_hub is None else Publisher(args)
         evaluation = Evaluation(args)
         try:
             print(evaluation.run())
+            if publisher is not None:
+                print(publisher.publish())
         except KeyboardInterrupt:
             sys.exit(f"\nInterrupted. {evaluation.kept()} The same command goes on from there.")
         finally:
             evaluation.close()
     except EvaluationError as error:
         parser.error(str(error))
+    except PushError as error:
+        again = "The same command publishes them, and makes no sample anew."
+        sys.exit(f"{prog}: error: the results are in {args.output_dir}, but not on the Hub: {error}. {again}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted before any sample was made.")
 
@@ -83,6 +91,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="ROWS", help="'paper', or output directories of other evaluations"
     )
+    parser.add_argument(
+        "--push_to_hub", nargs="?", const="", metavar="REPO",
+        help="add the results to this model repository of the Hub (default: --model's)",
+    )  # fmt: skip
     return parser
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from ..runs.hub_client import TransportError
 from ..runs.redaction import known_secrets, redact
@@ -72,6 +72,8 @@ def explain(error: BaseException) -> PushError:
             return _explain_status(cause)
         if isinstance(cause, OfflineModeIsEnabled):
             return PushError("HF_HUB_OFFLINE is set, so that nothing is sent to the Hub")
+        if isinstance(cause, LocalTokenNotFoundError):
+            return PushError("there is no token here. Log in with `hf auth login`, or set HF_TOKEN")
         if isinstance(cause, TransportError):
             return PushError(f"no connection to the Hub ({type(cause).__name__}: {_one_line(cause)})", passes=True)
         cause = cause.__cause__
