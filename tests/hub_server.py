@@ -179,7 +179,11 @@ class Handler(BaseHTTPRequestHandler):
         elif fault is not None:
             headers = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
             return self.send(fault.status, {"error": "ordered by the test"}, headers)
-        if self.hub.needs_token and method in ("POST", "GET") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if (
+            self.hub.needs_token
+            and method in ("POST", "GET")
+            and self.headers.get("Authorization") != f"Bearer {TOKEN}"
+        ):
             return self.send(401, {"error": "Invalid username or password."})
         arguments = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
         with self.hub.lock:

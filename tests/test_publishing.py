@@ -67,8 +67,8 @@ def test_a_benchmark_of_the_hub_goes_to_its_leaderboard(hub, publisher):
     add_benchmark(hub, "TIGER-Lab/MMLU-Pro", {"eval.yaml": MMLU_PRO.encode()})
     add_benchmark(hub, "HuggingFaceH4/MATH-500", {"README.md": b"# no benchmark"})
     tasks = ("luffy_gpqa_diamond", "luffy_mmlu_pro", "luffy_math500")
-    said = publisher({task: SUMMARY for task in tasks}).publish()
-    assert said.startswith(f"Published to {hub.url}/me/model: 3 result(s) in its card; in .eval_results/, for leaderboards:")
+    said = publisher(dict.fromkeys(tasks, SUMMARY)).publish()
+    assert said.startswith(f"Published to {hub.url}/me/model. In its card: 3 result(s); in .eval_results/, for")
     assert said.endswith(" luffy_gpqa_diamond, luffy_mmlu_pro.")
 
     written = {name: content for name, content in files(hub).items() if name.startswith(".eval_results/")}
@@ -88,9 +88,10 @@ def test_a_benchmark_of_the_hub_goes_to_its_leaderboard(hub, publisher):
 @pytest.mark.parametrize("options", [{"limit": 3}, {"data_files": ["problems.jsonl"]}])
 def test_a_part_and_problems_of_ones_own_are_no_benchmark(options, hub, publisher):
     add_benchmark(hub, "Idavidrein/gpqa", {"eval.yaml": GPQA.encode()})
-    assert "for leaderboards: none, since no benchmark of the Hub was evaluated as a whole" in publisher(
-        **options
-    ).publish()
+    assert (
+        "for leaderboards: none, since no benchmark of the Hub was evaluated as a whole"
+        in publisher(**options).publish()
+    )
     assert set(files(hub)) == {"config.json", "README.md"}
 
 
@@ -100,7 +101,7 @@ def test_a_part_and_problems_of_ones_own_are_no_benchmark(options, hub, publishe
 def test_a_benchmark_that_cannot_be_read_costs_its_leaderboard_alone(content, hub, publisher):
     add_benchmark(hub, "Idavidrein/gpqa", {"eval.yaml": content.encode()})
     said: list[str] = []
-    assert "1 result(s) in its card" in publisher().publish(said.append)
+    assert "In its card: 1 result(s)" in publisher().publish(said.append)
     [note] = said
     assert note == "Note: the eval.yaml of Idavidrein/gpqa cannot be read, so no result goes to its leaderboard."
 
@@ -160,7 +161,7 @@ def test_without_a_token_it_is_refused(hub, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     hub.needs_token = False
     args = Namespace(model="me/model", push_to_hub="", output_dir=str(tmp_path), limit=None, data_files=None)
-    with pytest.raises(EvaluationError, match="^--push_to_hub me/model: there is no token here. Log in with"):
+    with pytest.raises(EvaluationError, match=r"^--push_to_hub me/model: there is no token here\. Log in with"):
         Publisher(args, HfApi(endpoint=hub.url))
 
 
@@ -173,15 +174,16 @@ def test_offline_it_is_refused_in_one_sentence(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_an_evaluation_on_a_dataset_of_the_hub_is_published(hub, tmp_path):
-    """From the command line: the dataset is read from the Hub, and what the Hub refuses is published by a second call."""
+    """From the command line: the dataset comes from the Hub; what was refused is published by a second call."""
     build_text_model(["What is 1 + 1? The answer is \\boxed{2}."] * 4, tmp_path / "model")
     table = io.BytesIO()
     pd.DataFrame({"problem": ["What is 1 + 1?"], "answer": ["2"]}).to_parquet(table)
     rows = {"data/train-00000-of-00001.parquet": table.getvalue(), "eval.yaml": b"tasks: [{id: aime, split: train}]"}
     add_benchmark(hub, "HuggingFaceH4/aime_2024", rows)
     command = [
-        sys.executable, "-m", "luffy_trl", "eval", "--model", "model", "--output_dir", "out", "--tasks", "luffy_aime24",
-        "--n_samples", "2", "--max_new_tokens", "8", "--device", "cpu", "--push_to_hub", "me/model",
+        sys.executable, "-m", "luffy_trl", "eval", "--model", "model", "--output_dir", "out",
+        "--tasks", "luffy_aime24", "--n_samples", "2", "--max_new_tokens", "8", "--device", "cpu",
+        "--push_to_hub", "me/model",
     ]  # fmt: skip
     environment = os.environ | hub.environment() | {"HF_HOME": str(tmp_path / "home")}
 

@@ -347,6 +347,20 @@ def test_sft_then_rl(tiny_model_dir, tmp_path, capsys):
     assert (tmp_path / "rl" / "model.safetensors").is_file()
 
 
+def test_the_card_of_sft_names_its_base_its_data_and_its_command(tiny_model_dir, tmp_path):
+    command = ["sft", "--model_name_or_path", str(tiny_model_dir), "--dataset_name", "letter_walk", *CPU]
+    main([*command, "--output_dir", str(tmp_path / "mine"), "--max_steps", "1", "--report_to", "none"])
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "None" not in card
+    assert card.startswith("---\n")
+    assert "# Model Card for mine" in card
+    assert f"fine-tuned version of `{tiny_model_dir.name}`, which is not on the Hub." in card
+    assert "The data is the embedded letter walk, which `luffy_trl` generates." in card
+    shown = f"luffy-trl sft --model_name_or_path {tiny_model_dir.name} --dataset_name letter_walk"
+    assert f"The command was\n\n```bash\n{shown}" in card
+    assert str(tmp_path) not in card
+
+
 def test_sft_resumes_from_the_newest_checkpoint_that_is_whole(tiny_model_dir, tmp_path, capsys):
     sft = ["sft", "--model_name_or_path", str(tiny_model_dir), "--dataset_name", "letter_walk", "--save_steps", "1"]
     sft += ["--output_dir", str(tmp_path), "--report_to", "none", *CPU, "--resume_from_checkpoint", "auto"]

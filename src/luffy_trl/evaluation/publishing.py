@@ -79,8 +79,8 @@ class Publisher:
             )
             listed = ", ".join(entries) or "none, since no benchmark of the Hub was evaluated as a whole"
             return (
-                f"Published to {self.api.endpoint}/{self.repo_id}: {len(results)} result(s) in its card; in {FOLDER}/, "
-                f"for leaderboards: {listed}."
+                f"Published to {self.api.endpoint}/{self.repo_id}. In its card: {len(results)} result(s); in "
+                f"{FOLDER}/, for leaderboards: {listed}."
             )
 
         return with_retries(once, RETRY_SECONDS, say, time.sleep)
@@ -123,7 +123,7 @@ class Publisher:
 
     def _card(self) -> ModelCard:
         if not self.api.file_exists(self.repo_id, CARD):
-            return ModelCard("---\n---\n")
+            return ModelCard("---\n{}\n---\n")
         text = Path(self.api.hf_hub_download(self.repo_id, CARD)).read_text(encoding="utf-8")
         try:
             return ModelCard(text)
