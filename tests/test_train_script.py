@@ -446,7 +446,7 @@ def test_numbers_in_solution_are_read_as_text(answers, chat_model_dir, tmp_path,
     [
         (["--model_name_or_path", "no/no", "--dataset_name", "letter_walk"], "--model_name_or_path no/no cannot be"),
         (["--dataset_name", "nobody/nothing", "--model_name_or_path", "MODEL"], "nobody/nothing"),
-        (["--attn_implementation", "flash_attention_2"], "flash_attention_2 needs the package flash-attn and a GPU"),
+        (["--attn_implementation", "flash_attention_2"], "flash_attention_2 needs a GPU and a kernel of the Hub"),
     ],
 )
 def test_what_cannot_be_had_is_said_without_a_traceback(command, flags, message, tiny_model_dir, tmp_path, capsys):
