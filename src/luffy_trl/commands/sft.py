@@ -96,7 +96,7 @@ def as_in(prompt: str | list, text: str) -> str | list:
 
 # What TRL's card says of a base that is a directory, and of a model that is not on the Hub
 NO_BASE, NO_REPOSITORY = "[None](https://huggingface.co/None)", 'model="None"'
-VERSIONS = "### Framework versions"  # its part after the training
+AFTER_TRAINING = "### Framework versions"
 
 
 class WholeSFTTrainer(WholeCheckpointMixin, SFTTrainer):
@@ -126,7 +126,7 @@ class WholeSFTTrainer(WholeCheckpointMixin, SFTTrainer):
         text = path.read_text(encoding="utf-8").replace(NO_BASE, f"`{base}`, which is not on the Hub")
         text = text.replace(NO_REPOSITORY, f'model="{PLACEHOLDER}"')
         training = [part for part in (self.card_facts.data, recipe_section(self.card_facts)) if part]
-        path.write_text(text.replace(VERSIONS, "\n\n".join([*training, VERSIONS])), encoding="utf-8")
+        path.write_text(text.replace(AFTER_TRAINING, "\n\n".join([*training, AFTER_TRAINING])), encoding="utf-8")
 
 
 def run_sft(
