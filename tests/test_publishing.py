@@ -129,12 +129,13 @@ def test_a_card_that_cannot_be_read_is_not_lost(hub, publisher):
     assert b"My words." in files(hub)["README.md"]
 
 
-def test_a_fault_that_passes_is_tried_again(hub, publisher, monkeypatch):
+@pytest.mark.parametrize(("status", "reason"), [(503, "the Hub answered 503"), (None, "no connection to the Hub")])
+def test_a_fault_that_passes_is_tried_again(status, reason, hub, publisher, monkeypatch):
     monkeypatch.setattr("luffy_trl.evaluation.publishing.time.sleep", lambda seconds: None)
-    hub.fault("commit", status=503, times=1)
+    hub.fault("commit", status=status, times=1)
     said: list[str] = []
     assert publisher().publish(said.append).startswith("Published")
-    assert any("the Hub answered 503" in line and "Trying again" in line for line in said)
+    assert any(reason in line and "Trying again" in line for line in said)
 
 
 @pytest.mark.parametrize(
