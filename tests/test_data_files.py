@@ -217,7 +217,7 @@ def parquet_bytes(rows: int) -> bytes:
         ("x.jsonl", TEXT + b'{"prompt": "\\ud83d"}\n', "line 3 of x.jsonl: `prompt` holds half a character"),
         ("x.jsonl", b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
         ("x.jsonl.gz", TEXT, "x.jsonl.gz: Not a gzipped file"),
-        ("x.jsonl.gz", gzip.compress(TEXT)[:-12], "x.jsonl.gz is cut off or damaged"),
+        ("x.jsonl.gz", gzip.compress(TEXT, mtime=0)[:-12], "x.jsonl.gz is cut off or damaged"),
         ("x.jsonl.xz", lzma.compress(TEXT)[:-12], "x.jsonl.xz is cut off or damaged"),
     ],
 )  # fmt: skip

@@ -189,6 +189,11 @@ def test_modules_of_lora(names, trained, tiny_model_dir):
     ("flags", "module", "message"),
     [
         (["--use_peft"], "peft", "--use_peft needs the package peft, which is not installed here: pip install"),
+        (
+            ["--attn_implementation", "kernels-community/flash-attn2"],
+            "kernels",
+            "flash-attn2 needs the package kernels",
+        ),
         (["--load_in_4bit"], "bitsandbytes", "--load_in_4bit needs the package bitsandbytes"),
         (["--load_in_8bit"], "bitsandbytes", "--load_in_8bit needs the package bitsandbytes"),
         (["--use_vllm"], "vllm", "--use_vllm needs the package vllm, which is not installed here: pip install 'luffy"),

@@ -5,6 +5,7 @@ torch's here, which read no boundaries: linear attention, state spaces and convo
 told, and must be found out. What is right is measured: packed against padded rows, other ones than the check's.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -143,7 +144,7 @@ LEAKING: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": 5},
     "gpt_bigcode": GPT,
 }
-ONLY_EAGER = {"gptj", "gpt_oss", "bloom", "mpt", "gpt_neo", "mamba", "mamba2", "falcon_mamba"}
+ONLY_EAGER = {"gemma2", "gptj", "gpt_oss", "bloom", "mpt", "gpt_neo", "mamba", "mamba2", "falcon_mamba"}
 
 
 def make_model(family: str, attention: str | None = None, **options) -> PreTrainedModel:
@@ -187,13 +188,15 @@ def rows() -> tuple[torch.Tensor, torch.Tensor, int]:
 
 @torch.no_grad()
 def largest_difference(trainer: PaddingFreeTrainer) -> float:
-    """Of the trainer's packed forward pass from TRL's padded one, in log-probs."""
+    """Of the trainer's packed forward pass from TRL's padded one, in log-probs; infinite if the model refuses it."""
     ids, mask, width = rows()
     trainer.model.eval()
-    packed, padded = (
-        forward(trainer.model, ids, mask, width)[0]
-        for forward in (trainer._packed_forward, super(PaddingFreeMixin, trainer)._get_per_token_logps_and_entropies)
-    )
+    padded = super(PaddingFreeMixin, trainer)._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)[0]
+    try:
+        packed = trainer._packed_forward(trainer.model, ids, mask, width)[0]
+    except ValueError as error:
+        assert "can't keep packed sequences apart without" in str(error)  # noqa: PT017 - of newer Transformers
+        return math.inf
     return (packed - padded)[mask[:, -width:].bool()].abs().max().item()
 
 
@@ -244,8 +247,31 @@ def test_the_verdict_on_text_for_a_model_of_images(make):
 
 
 def test_the_refusal_names_model_attention_and_difference(make):
-    with pytest.raises(ValueError, match=r"True cannot be used.*\(lfm2, 'sdpa' attention\).*by up to \d.*are padded"):
-        make(make_model("lfm2"), packed_forward=True)
+    with pytest.raises(ValueError, match=r"True cannot be used.*\(opt, 'sdpa' attention\).*by up to \d.*are padded"):
+        make(make_model("opt"), packed_forward=True)
+
+
+def test_what_a_model_says_of_packed_rows_is_passed_on(make, monkeypatch):
+    # what newer Transformers do where a kernel is missing
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+
+    forward = Qwen2MLP.forward
+
+    def refusing(self, states):
+        if len(states) == 1:
+            raise ValueError("`scan` can't keep packed sequences apart.\nInstall `ssm`.")
+        return forward(self, states)
+
+    monkeypatch.setattr(Qwen2MLP, "forward", refusing)
+    said = (
+        r"^packed_forward=True cannot be used: this model \(qwen2, 'sdpa' attention\) refuses packed rows: `scan` "
+        r"can't keep packed sequences apart\. Install `ssm`\. Leave it out, and rows are padded\.$"
+    )
+    with pytest.raises(ValueError, match=said):
+        make(make_model("qwen2"), packed_forward=True)
+    trainer = packs_by_default(make(make_model("qwen2")))
+    trainer._check_packing()
+    assert not trainer._packs
 
 
 # By default: on with flash attention, until the check. There is none on a CPU, so only its name is given
@@ -375,7 +401,7 @@ def test_linear_attention_is_given_boundaries(make, monkeypatch, module):
     modeling = {"qwen3_next": modeling_qwen3_next, "qwen3_5": modeling_qwen3_5}[module]
     rule, convolve = modeling.torch_chunk_gated_delta_rule, modeling.causal_conv1d_fn
 
-    def by_sequence(query, key, value, g, beta, cu_seqlens=None, **kwargs):
+    def by_sequence(query, key, value, g, beta, cu_seqlens=None, seq_idx=None, **kwargs):
         lengths = [query.size(1)] if cu_seqlens is None else cu_seqlens.diff().tolist()
         parts = zip(*(x.split(lengths, dim=1) for x in (query, key, value, g, beta)), strict=True)
         outputs = [rule(q, k, v, g=g, beta=b, **kwargs)[0] for q, k, v, g, b in parts]

@@ -369,7 +369,11 @@ CHAT = [[{"role": "user", "content": "Why?"}]] * 2
     [
         (None, CHAT, "has no chat template, and the prompts are conversations"),
         ("{{ raise_exception('system first') }}", CHAT, "its chat template refuses a prompt: system first"),
-        ("{% for m in messages %}{{ m['role'] + '' }}{% endfor %}", [["Why?"]] * 2, "refuses a prompt: 'str"),
+        (
+            "{% for m in messages %}{{ m['role'] + '' }}{% endfor %}",
+            [["Why?"]] * 2,
+            "its chat template refuses a prompt: ",
+        ),
         ("damaged", CHAT, "cannot be loaded: Error while deserializing header"),
         ("another tokenizer", ["Why?", "Why?"], "has no embedding for a token"),
     ],

@@ -257,6 +257,30 @@ def test_two_processes_stop_together_and_one_that_dies_ends_the_other(arguments,
 
 
 @pytest.mark.slow
+def test_a_quiet_launcher_leaves_the_last_line_to_the_run(arguments, tmp_path):
+    """Without --quiet, Accelerate prints a traceback of its own below it."""
+    config = str(ROOT / "accelerate_configs" / "single_gpu.yaml")
+    launcher = (
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--config_file",
+        config,
+        "--cpu",
+        "--mixed_precision",
+        "no",
+    )
+    process = start(arguments(max_steps=1000), launcher)
+    wait_until((tmp_path / "out" / "checkpoint-1").is_dir, process, seconds=300)
+    [run] = psutil.Process(process.pid).children()
+    run.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert "Stopped on SIGTERM, saved checkpoint-" in output.splitlines()[-1]
+    assert output.splitlines()[-1].endswith("with --resume_from_checkpoint auto goes on from there.")
+    assert process.returncode == 1
+
+
+@pytest.mark.slow
 def test_without_a_launcher_both_processes_report_that_they_were_stopped(arguments, tmp_path):
     """As Slurm starts them: their places come by environment variables."""
     with socket.socket() as free:

@@ -347,6 +347,20 @@ def test_sft_then_rl(tiny_model_dir, tmp_path, capsys):
     assert (tmp_path / "rl" / "model.safetensors").is_file()
 
 
+def test_the_card_of_sft_names_its_base_its_data_and_its_command(tiny_model_dir, tmp_path):
+    command = ["sft", "--model_name_or_path", str(tiny_model_dir), "--dataset_name", "letter_walk", *CPU]
+    main([*command, "--output_dir", str(tmp_path / "mine"), "--max_steps", "1", "--report_to", "none"])
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "None" not in card
+    assert card.startswith("---\n")
+    assert "# Model Card for mine" in card
+    assert f"fine-tuned version of `{tiny_model_dir.name}`, which is not on the Hub." in card
+    assert "The data is the embedded letter walk, which `luffy_trl` generates." in card
+    shown = f"luffy-trl sft --model_name_or_path {tiny_model_dir.name} --dataset_name letter_walk"
+    assert f"The command was\n\n```bash\n{shown}" in card
+    assert str(tmp_path) not in card
+
+
 def test_sft_resumes_from_the_newest_checkpoint_that_is_whole(tiny_model_dir, tmp_path, capsys):
     sft = ["sft", "--model_name_or_path", str(tiny_model_dir), "--dataset_name", "letter_walk", "--save_steps", "1"]
     sft += ["--output_dir", str(tmp_path), "--report_to", "none", *CPU, "--resume_from_checkpoint", "auto"]
@@ -432,7 +446,7 @@ def test_numbers_in_solution_are_read_as_text(answers, chat_model_dir, tmp_path,
     [
         (["--model_name_or_path", "no/no", "--dataset_name", "letter_walk"], "--model_name_or_path no/no cannot be"),
         (["--dataset_name", "nobody/nothing", "--model_name_or_path", "MODEL"], "nobody/nothing"),
-        (["--attn_implementation", "flash_attention_2"], "flash_attention_2 needs the package flash-attn and a GPU"),
+        (["--attn_implementation", "flash_attention_2"], "flash_attention_2 needs a GPU and a kernel of the Hub"),
     ],
 )
 def test_what_cannot_be_had_is_said_without_a_traceback(command, flags, message, tiny_model_dir, tmp_path, capsys):

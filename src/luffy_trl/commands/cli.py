@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": ("eval", "main", "evaluate a model on the paper's benchmarks, or on problems of your own"),
     "compare": ("compare", "main", "train and evaluate several methods on the same data, one table at the end"),
     "report": ("report", "main", "write one page of curves and completions from runs' output"),
+    "env": ("env", "main", "print versions, hardware and configuration, for a bug report"),
     "demo": ("cli", "demo", "compare GRPO, LUFFY and SFT on the embedded task, on a CPU"),
 }
 

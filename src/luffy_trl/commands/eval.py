@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from ..evaluation import EvaluationError, LeftToOthersError, ScoringError
 from ..evaluation.templates import FROM_DATA, OWN, TEMPLATES
+from ..hub.errors import PushError
 from ..rewards.completions import THOUGHT_MODES
 
 
 if TYPE_CHECKING:
+    from ..evaluation.publishing import Publisher
     from ..evaluation.run import Evaluation
 
 # The paper's sampling
@@ -39,9 +41,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "luffy-trl eval") -> Non
     args = parser.parse_args(argv)
     try:
         check(args)
+        publisher = _publisher(args)
         evaluation = _evaluation(args)
         try:
             print(evaluation.run())
+            if publisher is not None:
+                print(publisher.publish())
         except LeftToOthersError:
             print(f"{evaluation.kept()} Other processes are at work there: the last of them writes the results.")
         except KeyboardInterrupt:
@@ -54,8 +59,19 @@ def main(argv: Sequence[str] | None = None, prog: str = "luffy-trl eval") -> Non
         print(error)  # no failure, for which a launcher would kill the one that scores
     except EvaluationError as error:
         parser.error(str(error))
+    except PushError as error:
+        again = "The same command publishes them, and makes no sample anew."
+        sys.exit(f"{prog}: error: the results are in {args.output_dir}, but not on the Hub: {error}. {again}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted before any sample was made.")
+
+
+def _publisher(args: argparse.Namespace) -> "Publisher | None":
+    if args.push_to_hub is None:
+        return None
+    from ..evaluation.publishing import Publisher
+
+    return Publisher(args)
 
 
 def _evaluation(args: argparse.Namespace) -> "Evaluation":
@@ -126,6 +142,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="ROWS", help="'paper', or output directories of other evaluations"
     )
+    parser.add_argument(
+        "--push_to_hub", nargs="?", const="", metavar="REPO",
+        help="add the results to this model repository of the Hub (default: --model's)",
+    )  # fmt: skip
     return parser
 
 

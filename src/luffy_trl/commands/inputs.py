@@ -194,8 +194,8 @@ def model_options(model_args: ModelConfig, training_args: LuffyConfig | SFTConfi
     attention = model_args.attn_implementation
     if attention == "flash_attention_2" and not (is_flash_attn_2_available() or is_kernels_available()):
         raise ValueError(
-            f"--attn_implementation {attention} needs the package flash-attn and a GPU, and one is missing here. "
-            "pip install flash-attn --no-build-isolation, or take --attn_implementation sdpa, which pads."
+            f"--attn_implementation {attention} needs a GPU and a kernel of the Hub, or the package flash-attn, and "
+            "one is missing here. pip install 'luffy_trl[kernels]', or take --attn_implementation sdpa, which pads."
         )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

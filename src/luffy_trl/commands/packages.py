@@ -24,7 +24,7 @@ REPORTS_WITHOUT_PACKAGE = ("kubeflow",)
 # What pip calls a module, where that is another name, or one of this package's extras, which know the version
 PIP_NAMES = {
     "azureml": "azureml-mlflow", "bitsandbytes": "luffy_trl[peft]", "deepspeed": "luffy_trl[deepspeed]",
-    "optimi": "torch-optimi", "peft": "luffy_trl[peft]", "vllm": "luffy_trl[vllm]",
+    "kernels": "luffy_trl[kernels]", "optimi": "torch-optimi", "peft": "luffy_trl[peft]", "vllm": "luffy_trl[vllm]",
 }  # fmt: skip
 
 
@@ -54,6 +54,8 @@ def check_launcher() -> None:
 def _needed(training_args: LuffyConfig | SFTConfig, model_args: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     if model_args.use_peft:
         yield "--use_peft", ("peft",)
+    if "/" in (model_args.attn_implementation or ""):
+        yield f"--attn_implementation {model_args.attn_implementation}", ("kernels",)
     for option in ("load_in_4bit", "load_in_8bit"):
         if getattr(model_args, option):
             yield f"--{option}", ("bitsandbytes",)

@@ -2,11 +2,14 @@
 SFT, then RL."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer
+from trl.trainer.utils import get_config_model_id
 
 from ..demonstrations.encoding import as_completion, demonstration_text
+from ..hub.card import CARD, PLACEHOLDER, CardFacts, recipe_section
 from ..runs.best import check_metric
 from ..runs.budget import TokenBudgetConfig, TokenBudgetMixin
 from ..runs.mixin import WholeCheckpointMixin
@@ -31,7 +34,7 @@ from .inputs import (
     warn_of_checkpoints,
 )
 from .packages import check_packages
-from .summary import what_is_saved
+from .summary import about_data, dataset_on_hub, what_is_saved
 
 
 # What an evaluation of TRL's SFTTrainer logs, behind "eval_"
@@ -87,14 +90,39 @@ def to_prompt_completion(dataset: Dataset) -> Dataset:
     )
 
 
+# What TRL's card says of a base that is a directory, and of a model that is not on the Hub
+NO_BASE, NO_REPOSITORY = "[None](https://huggingface.co/None)", 'model="None"'
+AFTER_TRAINING = "### Framework versions"
+
+
 class WholeSFTTrainer(WholeCheckpointMixin, TokenBudgetMixin, SFTTrainer):
-    """SFTTrainer with checkpoints that are whole or not there."""
+    """SFTTrainer with checkpoints that are whole or not there.
+
+    Differs in:
+
+    - `create_model_card`: names the base and the dataset, and says `card_facts`.
+    """
 
     _takes_unlisted = True  # as SFTTrainer itself writes them
+    card_facts = CardFacts()
+    dataset_on_hub: str | None = None
 
     def check_before_training(self) -> None:
         if self.args.eval_strategy != "no" and self.args.metric_for_best_model is not None:
             check_metric(self.args.metric_for_best_model, [f"eval_{name}" for name in LOGGED_BY_SFT], "eval_loss")
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(
+            model_name or Path(self.args.output_dir).name, dataset_name or self.dataset_on_hub, tags
+        )
+        if not self.is_world_process_zero():
+            return
+        base = Path(get_config_model_id(self.model.config) or "a model").name
+        path = Path(self.args.output_dir) / CARD
+        text = path.read_text(encoding="utf-8").replace(NO_BASE, f"`{base}`, which is not on the Hub")
+        text = text.replace(NO_REPOSITORY, f'model="{PLACEHOLDER}"')
+        training = [part for part in (self.card_facts.data, recipe_section(self.card_facts)) if part]
+        path.write_text(text.replace(AFTER_TRAINING, "\n\n".join([*training, AFTER_TRAINING])), encoding="utf-8")
 
 
 def run_sft(
@@ -106,7 +134,7 @@ def run_sft(
     """Fine-tune on the demonstrations, and save the model, its tokenizer and TRL's card to `output_dir`.
 
     Args:
-        command: the command line, said with what was saved.
+        command: the command line for the card, without secrets.
 
     Raises:
         UsageError: a ValueError, for arguments or data that do not go together, before any training step.
@@ -117,10 +145,12 @@ def run_sft(
         check_packages(training_args, model_args)
         check_output_dir(training_args.output_dir)
     with holding(training_args.output_dir):
-        return _run_sft(script_args, training_args, model_args)
+        return _run_sft(script_args, training_args, model_args, command)
 
 
-def _run_sft(script_args: LuffyScriptArguments, training_args: LuffySFTConfig, model_args: ModelConfig) -> SFTTrainer:
+def _run_sft(
+    script_args: LuffyScriptArguments, training_args: LuffySFTConfig, model_args: ModelConfig, command: str | None
+) -> SFTTrainer:
     with before_training():
         checkpoint = resume_point(training_args, model_args)
         rows, eval_rows, prompts = load_rows(script_args, training_args, model_args)
@@ -134,10 +164,14 @@ def _run_sft(script_args: LuffyScriptArguments, training_args: LuffySFTConfig, m
         is_finished = finished_before(trainer, checkpoint)
     if is_finished:
         return trainer
+    dataset_name = script_args.dataset_name or EMBEDDED_TASK
+    trainer.card_facts = CardFacts(about_data(dataset_name), command=command)
+    trainer.dataset_on_hub = dataset_on_hub(dataset_name)
     trainer.accelerator.print(f"SFT on {len(rows)} demonstrations of {prompts} prompts")
     train_until_stopped(trainer, checkpoint)
     with after_training():
         trainer.save_model(training_args.output_dir)
+        trainer.create_model_card()
         trainer.save_state()  # for `luffy-trl report`; the last, so that it tells a finished run
         saved = what_is_saved(trainer)
         trainer.accelerator.print(f"Saved the model and its tokenizer to {training_args.output_dir} ({saved})")

@@ -18,6 +18,7 @@ from ..demonstrations.encoding import DROPPED_COLUMN, TRUNCATED_COLUMN, USABLE_C
 from ..demonstrations.sources import SOURCES
 from ..reporting.panels import evaluation_rewards
 from ..trainer import LuffyTrainer
+from .inputs import EMBEDDED_TASK
 
 
 VLLM_BYTES = 2  # of a parameter
@@ -31,6 +32,18 @@ class Parameters:
     trained: int
     trained_bytes: int
     frozen_bytes: int
+
+
+def dataset_on_hub(name: str) -> str | None:
+    """What a card can link to."""
+    return None if name == EMBEDDED_TASK or Path(name).exists() else name
+
+
+def about_data(name: str) -> str | None:
+    """A sentence for the card on data that it cannot link to."""
+    if name == EMBEDDED_TASK:
+        return "The data is the embedded letter walk, which `luffy_trl` generates."
+    return f"The data is `{Path(name).name}`, which is not on the Hub." if Path(name).exists() else None
 
 
 class StartSummary(TrainerCallback):

@@ -37,7 +37,7 @@ from .inputs import (
     warn_of_checkpoints,
 )
 from .packages import check_packages
-from .summary import StartSummary, finish
+from .summary import StartSummary, about_data, dataset_on_hub, finish
 
 
 def run(
@@ -122,10 +122,9 @@ def make_trainer(
 def save_or_push(trainer: LuffyTrainer, dataset_name: str) -> None:
     """Model, tokenizer and card into the output directory, and to the Hub if asked to; then the summary."""
     args = trainer.args
-    on_hub = dataset_name != EMBEDDED_TASK and not Path(dataset_name).exists()
     card: dict[str, Any] = {
         "model_name": Path(args.output_dir).name,
-        "dataset_name": dataset_name if on_hub else None,  # only a dataset of the Hub can be linked to
+        "dataset_name": dataset_on_hub(dataset_name),
     }
     commit = None
     if args.push_to_hub:
@@ -143,11 +142,6 @@ def card_facts(
     script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig, command: str | None
 ) -> CardFacts:
     """What the model card says about the arguments. To be asked before `run` changes any of them."""
-    name = script_args.dataset_name or EMBEDDED_TASK
-    data = None
-    if name == EMBEDDED_TASK:
-        data = "The data is the embedded letter walk, which `luffy_trl` generates."
-    elif Path(name).exists():
-        data = f"The data is `{Path(name).name}`, which is not on the Hub."
+    data = about_data(script_args.dataset_name or EMBEDDED_TASK)
     given = given_fields(model_args) | given_fields(script_args) | training_args.given
     return CardFacts(data, as_yaml(given, known_secrets(training_args.hub_token)), command)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import httpx
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
+from ..runs.hub_client import HTTPError
 from ..runs.recipe import shown_command
 from ..runs.redaction import known_secrets
 from ..tasks.gym import is_gym_task
@@ -81,7 +81,7 @@ def look_up(name: str) -> Source:
         return Source(name)
     try:
         info = HfApi().dataset_info(name, timeout=20)
-    except (OSError, httpx.HTTPError):
+    except (OSError, HTTPError):
         return Source(name)
     return Source(name, info.card_data.get("license") if info.card_data else None, info.sha)
 
@@ -143,7 +143,7 @@ def push(
             commit_message=f"Add the dataset {made_by}",
             ignore_patterns=list(left_out),
         )
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"The push to {repo_id} failed: {first}") from error
     return str(url)

@@ -66,6 +66,11 @@ class Catalog:
         """Benchmarks that are among the data sources of local files."""
         return [name for name, b in self.benchmarks.items() if set(b.data_sources) & set(sources)]
 
+    def on_hub(self, name: str) -> tuple[str, str | None, str]:
+        """The dataset, its configuration and the split that a benchmark is read from."""
+        config = self._manager.task_index[name].cfg or {}
+        return config["dataset_path"], config.get("dataset_name"), config["test_split"]
+
     def task_from_hub(self, name: str) -> ConfigurableTask:
         """
         Raises:

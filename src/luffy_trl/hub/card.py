@@ -129,10 +129,10 @@ def recipe_section(facts: CardFacts) -> str:
     return "\n\n".join(parts)
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Package -> version, of those that are installed."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # an optional one
@@ -186,18 +186,23 @@ def card_for_hub(output_dir: Path, repo_id: str, merged: bool) -> bytes:
         card.data["library_name"] = "transformers"
     if results:
         card.data["model_name"] = card.data.get("model_name") or repo_id.split("/")[-1]
-        card.data["eval_results"] = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=task,
-                dataset_name=task,
-                metric_type="accuracy",
-                metric_name=f"accuracy, percent, mean of {result['samples']} samples a problem",
-                metric_value=round(100 * result["score"], 2),
-            )
-            for task, result in results.items()
-        ]
+        card.data["eval_results"] = index_entries(results)
     return str(card).encode()
+
+
+def index_entries(results: Mapping[str, Mapping[str, Any]]) -> list[EvalResult]:
+    """The results of `read_results` as the card's `model-index` holds them."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type="accuracy",
+            metric_name=f"accuracy, percent, mean of {result['samples']} samples a problem",
+            metric_value=round(100 * result["score"], 2),
+        )
+        for task, result in results.items()
+    ]
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:

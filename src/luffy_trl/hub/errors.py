@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable
 from typing import TypeVar
+from urllib.parse import urlsplit
 
-import httpx
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from ..runs.hub_client import TransportError
 from ..runs.redaction import known_secrets, redact
 
 
@@ -71,7 +72,9 @@ def explain(error: BaseException) -> PushError:
             return _explain_status(cause)
         if isinstance(cause, OfflineModeIsEnabled):
             return PushError("HF_HUB_OFFLINE is set, so that nothing is sent to the Hub")
-        if isinstance(cause, httpx.TransportError):
+        if isinstance(cause, LocalTokenNotFoundError):
+            return PushError("there is no token here. Log in with `hf auth login`, or set HF_TOKEN")
+        if isinstance(cause, TransportError):
             return PushError(f"no connection to the Hub ({type(cause).__name__}: {_one_line(cause)})", passes=True)
         cause = cause.__cause__
     # hf_xet reports what its transfers met as RuntimeError or ConnectionError
@@ -80,7 +83,7 @@ def explain(error: BaseException) -> PushError:
 
 
 def _explain_status(error: HfHubHTTPError) -> PushError:
-    status, path = error.response.status_code, httpx.URL(str(error.response.url)).path
+    status, path = error.response.status_code, urlsplit(str(error.response.url)).path
     if status in (401, 403):
         return PushError(
             f"the Hub refused the token ({status}). Log in with `hf auth login`, or set HF_TOKEN to a token that may "

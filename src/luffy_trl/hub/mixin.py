@@ -8,21 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from huggingface_hub import CommitInfo, HfApi, get_session
+from huggingface_hub import CommitInfo, HfApi
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from trl import GRPOConfig, GRPOTrainer
 
 from ..reporting.logs import COMPLETIONS
+from ..runs.hub_client import bound_silence
 from ..runs.recipe import as_yaml, given_fields
 from ..runs.redaction import known_secrets
 from .card import CardFacts, complete_card, prompting
 from .errors import explain
 from .queue import PushQueue, remove_held, what_is_missing
-from .upload import MODEL, SILENCE, Push, branch_of
+from .upload import MODEL, Push, branch_of
 
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class HubPushMixin(GRPOTrainer):
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         if token is not None:
             self._pushes.api.token = token
-        get_session().timeout = httpx.Timeout(SILENCE)
+        bound_silence()
         try:
             url = self._pushes.api.create_repo(name, private=self.args.hub_private_repo, exist_ok=True)
             name = url.repo_id

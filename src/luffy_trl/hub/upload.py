@@ -11,10 +11,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import httpx
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_session
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
 from ..reporting.logs import COMPLETIONS
+from ..runs.hub_client import bound_silence
 from ..runs.redaction import holds_secret, known_secrets
 from .card import CARD, CURVES, card_for_hub, completions_card
 from .errors import SourceGoneError, with_retries
@@ -23,9 +23,6 @@ from .merging import merged
 
 
 MODEL = "."  # a push's source: the model in the output directory itself
-
-# Seconds without a byte after which a connection counts as lost. By default the Hub's client waits for ever.
-SILENCE = 120.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def push_once_or_again(
 
 def upload(api: HfApi, output_dir: Path, push: Push, directory: Path) -> Uploaded:
     """One attempt. Raises PushError, or whatever the Hub's client raises."""
-    get_session().timeout = httpx.Timeout(SILENCE)
+    bound_silence()
     secrets = known_secrets(api.token if isinstance(api.token, str) else None)
     files, left_out = files_of(output_dir, push, directory, secrets)
     kind = push.repo_type

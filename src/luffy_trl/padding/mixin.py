@@ -1,5 +1,6 @@
 """PaddingFreeMixin: a GRPOTrainer that computes next to nothing on padding."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -266,11 +267,13 @@ class PaddingFreeMixin(GRPOTrainer):
             return
         self._packs = False
         config = self.model.config
+        model = f"this model ({config.model_type}, {config.get_text_config()._attn_implementation!r} attention)"
         found = (
-            f"packed rows do not equal padded ones with this model ({config.model_type}, "
-            f"{config.get_text_config()._attn_implementation!r} attention): log-probs of two short sequences differ "
-            f"by up to {max(difference for _, difference in everywhere):.2g}"
+            f"packed rows do not equal padded ones with {model}: log-probs of two short sequences differ by up to "
+            f"{max(difference for _, difference in everywhere):.2g}"
         )
+        if own.refusal is not None:
+            found = f"{model} refuses packed rows: {own.refusal}"
         if self.args.packed_forward:
             raise ValueError(f"packed_forward=True cannot be used: {found}. Leave it out, and rows are padded.")
         logger.warning(f"packed_forward is off, and rows are padded: {found}.")
@@ -289,11 +292,15 @@ class PaddingFreeMixin(GRPOTrainer):
                 return forward(model, ids, mask, kept)[0].float()  # (2, T)
 
         padded_forward = super()._get_per_token_logps_and_entropies
-        with mode(model, training=True):  # other kernels can run here
-            in_training = torch.stack([scored(self._packed_forward, x) for x in (ids, other_ids)])
         with mode(model, training=False):
             padded = scored(padded_forward, ids)
-            packed = torch.stack([scored(self._packed_forward, x) for x in (ids, other_ids)])
+        try:
+            with mode(model, training=True):  # other kernels can run here
+                in_training = torch.stack([scored(self._packed_forward, x) for x in (ids, other_ids)])
+            with mode(model, training=False):
+                packed = torch.stack([scored(self._packed_forward, x) for x in (ids, other_ids)])
+        except ValueError as error:  # newer Transformers', of a layer whose stand-in for a kernel reads no boundaries
+            return Agreement(False, math.inf, " ".join(str(error).split()).rstrip("."))
         return compare(padded, packed[0], [in_training, packed], mask[:, -kept:], self._precision())
 
     def _precision(self) -> Literal["single", "half"]:

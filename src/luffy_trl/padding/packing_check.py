@@ -32,10 +32,12 @@ class Agreement:
     Attributes:
         holds: whether they are equal but for rounding.
         difference: the largest one between two log-probs that should be equal.
+        refusal: the model's own words, where it takes no packed row without a kernel that is not installed.
     """
 
     holds: bool
     difference: float
+    refusal: str | None = None
 
 
 def probe(token_ids: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -94,7 +96,9 @@ def no_trace(device: torch.device) -> Iterator[None]:
     """Nothing in here has a gradient, draws from the generators that training draws from, or stays in a cache."""
     devices = [] if device.type == "cpu" else [device]
     kind = "cuda" if device.type == "cpu" else device.type
-    with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type=kind):
-        yield
-    # Autocast would give what follows the weights that it cast in here, without their gradient
-    torch.clear_autocast_cache()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type=kind):
+            yield
+    finally:
+        # Autocast would give what follows the weights that it cast in here, without their gradient
+        torch.clear_autocast_cache()
