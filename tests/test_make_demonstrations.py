@@ -838,10 +838,10 @@ def test_the_pages_commands_run_as_printed(tmp_path, chat_student, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "problems.csv").write_text("question,answer\nWhat is 1 + 1?,2\n" + "What is 2 + 2?,4\n" * 3)
     [first, second, *_] = commands_on(ROOT / "docs" / "demonstrations.md")
-    [of_readme] = [c for c in commands_on(ROOT / "README.md") if c[0] == "make-demonstrations"]
+    assert (first[0], second[0]) == ("make-demonstrations", "train")
     with TeacherServer(right) as server:
         replaced = {"http://localhost:8000/v1": server.url, "Qwen/Qwen2.5-1.5B-Instruct": str(chat_student)}
-        for name, arguments in (first, second, of_readme):
+        for name, arguments in (first, second):
             arguments = [replaced.get(argument, argument) for argument in arguments]
             main([name, *arguments, *(CPU if name == "train" else [])])
         assert len(server.bodies) == 2 * 4

@@ -49,7 +49,7 @@ def publisher(hub, tmp_path, monkeypatch):
         tasks = {"luffy_gpqa_diamond": SUMMARY} if tasks is None else tasks
         (tmp_path / "results.json").write_text(json.dumps({"tasks": tasks}))
         args = Namespace(
-            model="me/model", push_to_hub="", output_dir=str(tmp_path), limit=None, data_files=None,
+            model="me/model", push_to_hub="", output_dir=str(tmp_path), limit=None, data_files=None, dataset_name=None,
             temperature=0.6, max_new_tokens=8192,
         )  # fmt: skip
         vars(args).update(options)
@@ -85,7 +85,7 @@ def test_a_benchmark_of_the_hub_goes_to_its_leaderboard(hub, publisher):
     assert files(hub)["config.json"] == b"{}"
 
 
-@pytest.mark.parametrize("options", [{"limit": 3}, {"data_files": ["problems.jsonl"]}])
+@pytest.mark.parametrize("options", [{"limit": 3}, {"data_files": ["problems.jsonl"]}, {"dataset_name": "mine.jsonl"}])
 def test_a_part_and_problems_of_ones_own_are_no_benchmark(options, hub, publisher):
     add_benchmark(hub, "Idavidrein/gpqa", {"eval.yaml": GPQA.encode()})
     assert (
@@ -161,7 +161,9 @@ def test_without_a_token_it_is_refused(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     hub.needs_token = False
-    args = Namespace(model="me/model", push_to_hub="", output_dir=str(tmp_path), limit=None, data_files=None)
+    args = Namespace(
+        model="me/model", push_to_hub="", output_dir=str(tmp_path), limit=None, data_files=None, dataset_name=None
+    )
     with pytest.raises(EvaluationError, match=r"^--push_to_hub me/model: there is no token here\. Log in with"):
         Publisher(args, HfApi(endpoint=hub.url))
 
