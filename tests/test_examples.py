@@ -17,6 +17,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from .hub_server import HubServer
+from .teacher_server import Reply, TeacherServer
 from .test_train_script import build_text_model
 
 
@@ -106,6 +107,27 @@ def test_lora_from_a_table(own, model):
     [line] = [line for line in json.loads(Path("out/trainer_state.json").read_text())["log_history"] if "loss" in line]
     assert line["off_policy/reward"] == 1
     assert isinstance(AutoPeftModelForCausalLM.from_pretrained("out").peft_config["default"].r, int)
+
+
+def test_a_teacher_then_luffy(model):
+    problems = {"question": [f"What is 7 * {n}?" for n in range(2, 8)], "answer": [7 * n for n in range(2, 8)]}
+    pd.DataFrame(problems).to_csv("problems.csv", index=False)
+
+    def teach(body: dict) -> Reply:
+        n = int(re.findall(r"\d+", body["messages"][-1]["content"])[1])
+        return Reply(f"\\boxed{{{7 * n}}}", message={"reasoning_content": f"7 * {n}"})
+
+    with TeacherServer(teach) as server:
+        arguments = ["--problems", "problems.csv", "--model", model, "--teacher", "big", "--teacher_url", server.url]
+        limits = ["--test_size", "2", "--max_tokens", "64", "--num_samples", "1", "--device", "cpu"]
+        # the length is the script's own flag
+        short = SHORT[: SHORT.index("--max_completion_length")] + SHORT[SHORT.index("--max_completion_length") + 2 :]
+        start("teacher_then_luffy.py", *arguments, *limits, "--directory", "out", "--report_to", "none", *short)
+        assert len(server.bodies) == 4
+    AutoModelForCausalLM.from_pretrained("out/model")
+    before, after = (json.loads(Path(f"out/{name}/results.json").read_text()) for name in ("before", "after"))
+    assert set(before["tasks"]) == set(after["tasks"]) == {"demonstrations"}
+    assert "before" in Path("out/after/results.md").read_text()
 
 
 @pytest.mark.parametrize(
