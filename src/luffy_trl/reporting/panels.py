@@ -77,7 +77,13 @@ PANELS = (
         (("on_policy/clipped_ratio", "rollouts cut off"), ("clip_ratio/region_mean", "tokens' ratios")),
     ),
     Panel("loss", "Loss", "", (("loss", "whole"), ("off_policy/loss", DEMONSTRATIONS))),
-    Panel("fraction", "Demonstrations' share of the tokens", "share", (("off_policy/token_fraction", "tokens"),)),
+    Panel(
+        "fraction",
+        "Demonstrations' tokens",
+        "share",
+        (("off_policy/token_fraction", "of all"), ("off_policy/below_gamma", "of them rarer than gamma")),
+    ),
+    Panel("cold_start", "Push down for pull up", "where no rollout is right", (("groups/push_to_pull", "ratio"),)),
     Panel("grad_norm", "Gradient norm", "", (("grad_norm", "before clipping"),)),
     Panel(
         "time",
