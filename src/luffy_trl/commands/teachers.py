@@ -29,8 +29,8 @@ from ..teaching.student import Student
 from ..teaching.teachers import LocalTeacher, Sampling, repeated
 from .adapters import refuse_adapter
 from .datasets_out import check_push
+from .grading import make_grader, named_rewards
 from .inputs import load_dataset_splits, load_reward_funcs
-from .own_problems import make_grader, named_rewards
 
 
 KEY_VARIABLE = "OPENAI_API_KEY"
