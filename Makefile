@@ -29,7 +29,7 @@ help:
 	@echo "make test-wheel     build the wheel, install it in a new environment, and run its demo from elsewhere"
 	@echo "make bench          the update phase and whole steps against TRL's; results in benchmarks/results"
 	@echo "make bench-learning what each method learns on the embedded tasks; docs/learning.md; about an hour"
-	@echo "make bench-lm       what each method teaches a real language model; docs/learning.md; about five hours"
+	@echo "make bench-lm       what each method teaches a real language model; benchmarks/results/learning_lm.json; hours"
 	@echo "make lint           ruff, mypy, and what may import what"
 	@echo "make format         let ruff format and fix"
 	@echo "make docs           the site of docs/ into build/site, strict"
