@@ -270,9 +270,24 @@ def test_a_comparison_is_killed_goes_on_and_its_table_is_a_recount(files, tmp_pa
     assert "was made with other settings (max_steps)" in capsys.readouterr().err
 
 
+def test_a_recipe_is_taken_as_it_was_written(files, tmp_path):
+    """`no` is a strategy, and no truth; a base recipe's fields come along."""
+    text = (files / "recipe.yaml").read_text().replace("save_strategy: 'no'", "save_strategy: no")
+    assert "save_strategy: no\n" in text
+    (tmp_path / "recipe.yaml").write_text(text)
+    flags = ["--config", str(tmp_path / "recipe.yaml"), "--methods", "luffy", "--output_dir", str(tmp_path)]
+    args, overrides = build_parser("compare").parse_known_args([*flags, "--eval_strategy", "no", "--max_steps", "3"])
+    comparison = Comparison(args, overrides)
+    [_, run] = comparison.plan.runs(comparison.methods, [0], {})
+    recipe = comparison.plan.stage_recipe(run, 0)
+    assert (recipe["save_strategy"], recipe["eval_strategy"], recipe["max_steps"]) == ("no", "no", 3)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--methods", "luffy", "--hub_token", "hf_secret"], "hub_token: recipes are written down"),
+        (["--methods", "luffy", "--num_generations", "["], "--num_generations: "),
         (["--methods", "dpo"], "--methods dpo: there is no such method"),
         (
             ["--methods", "luffy", "--shapping", "log"],

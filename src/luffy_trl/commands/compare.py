@@ -31,7 +31,7 @@ from .inputs import (
     check_dataset_arguments,
     load_dataset_splits,
 )
-from .recipes import RecipeLoader, apply_recipe
+from .recipes import apply_recipe, written_fields, written_value
 from .sft import LuffySFTConfig
 
 
@@ -107,7 +107,9 @@ class Comparison:
         _check(args)
         self.args = args
         self.methods = chosen(args.methods, known_methods(args.methods_file))
-        recipe = _read_recipe(args.config) | _as_fields(overrides)
+        recipe = written_fields(str(args.config)) | _as_fields(overrides)
+        if recipe.get("hub_token"):
+            raise ComparisonError("hub_token: recipes are written down, and no token belongs there. Set HF_TOKEN.")
         for name in ("output_dir", "seed"):
             recipe.pop(name, None)
         self.seed = args.seeds[0]
@@ -152,8 +154,8 @@ class Comparison:
     def _facts(self) -> dict[str, Any]:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
         packages = ("luffy_trl", "trl", "transformers", "torch")
-        recipe = {name: value for name, value in self.plan.recipe.items() if name != "hub_token"}
-        return {"device": device, "versions": {name: version(name) for name in packages}, "recipe": recipe}
+        versions = {name: version(name) for name in packages}
+        return {"device": device, "versions": versions, "recipe": self.plan.recipe}
 
     def _report(self) -> str:
         """Write the curves of all runs on one page. Returns where it is, nothing where only the base was evaluated."""
@@ -241,16 +243,6 @@ def _check(args: argparse.Namespace) -> None:
             raise ComparisonError(f"--{flag} {path}: there is no such file.")
 
 
-def _read_recipe(path: Path) -> Recipe:
-    try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ComparisonError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict):
-        raise ComparisonError(f"{path} must hold a mapping, a field and its value a line.")
-    return recipe
-
-
 def _as_fields(flags: Sequence[str]) -> Recipe:
     """`--field value` for the recipe: numbers as YAML reads them, several values as a list, none as true."""
     fields: dict[str, list[Any]] = {}
@@ -263,7 +255,7 @@ def _as_fields(flags: Sequence[str]) -> Recipe:
             raise ComparisonError(f"{part!r} belongs to no flag.")
         else:
             fields[name].append(part)
-    read = {name: [yaml.load(value, Loader=RecipeLoader) for value in values] for name, values in fields.items()}
+    read = {name: [written_value(value, f"--{name}") for value in values] for name, values in fields.items()}
     return {name: True if not values else values[0] if len(values) == 1 else values for name, values in read.items()}
 
 

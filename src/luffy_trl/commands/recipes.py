@@ -32,14 +32,7 @@ def apply_recipe(parser: TrlParser, path: str) -> None:
             field cannot take.
         OSError: if there is no such file.
     """
-    with open(path, encoding="utf-8") as file:
-        try:
-            root = yaml.compose(file, Loader=RecipeLoader)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"{path} must hold a mapping, a field and its value a line, such as num_demonstrations: 1.")
-    _refuse_duplicates(root, path, set())
+    root = compose_recipe(path)
     types = {
         name: hint
         for dataclass_type in parser.dataclass_types
@@ -57,6 +50,47 @@ def apply_recipe(parser: TrlParser, path: str) -> None:
         else:
             values[key] = _value(node, types[key], f"{path}: {key}")
     parser.set_defaults_with_config(**values)
+
+
+def compose_recipe(path: str) -> yaml.MappingNode:
+    """The recipe's fields, as they were written.
+
+    Raises:
+        ValueError: for a file that is no YAML, or no mapping, or has a key twice.
+        OSError: if there is no such file.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            root = yaml.compose(file, Loader=RecipeLoader)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path} must hold a mapping, a field and its value a line, such as num_demonstrations: 1.")
+    _refuse_duplicates(root, path, set())
+    return root
+
+
+def written_fields(path: str) -> dict[str, Any]:
+    """The recipe's fields for another recipe: by YAML's rules, but truths as the text that a field may take them for.
+
+    Raises:
+        ValueError, OSError: as [`compose_recipe`].
+    """
+    return {key: _written(node, f"{path}: {key}") for key, node in _merged(compose_recipe(path))}
+
+
+def written_value(text: str, where: str) -> Any:
+    """As [`written_fields`], of one value. Raises ValueError, starting with `where`."""
+    try:
+        node = yaml.compose(text, Loader=RecipeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+    return None if node is None else _written(node, where)
+
+
+def _written(node: yaml.Node, where: str) -> Any:
+    value = _construct(node, where)
+    return node.value if isinstance(value, bool) else value
 
 
 class RecipeLoader(yaml.SafeLoader):

@@ -12,8 +12,6 @@ from .methods import BASE_MODEL, Method, Stage
 
 Recipe = dict[str, Any]
 MODEL, MERGED = "model", "merged"  # folders within a stage's: its output, and an adapter's with its base
-# What a comparison decides, not the recipe
-OWN_FIELDS = ("output_dir", "seed", "model_name_or_path", "resume_from_checkpoint", "token_budget", "learning_rate")
 DEFAULT_ROWS, DEFAULT_GROUP = 8, 8  # per_device_train_batch_size and num_generations of TRL
 
 

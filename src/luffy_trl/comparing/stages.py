@@ -75,7 +75,7 @@ class Commands:
     Attributes:
         accelerate_config: for `accelerate launch`; None: one process.
         evaluate: more arguments of `luffy-trl eval`, such as its back end.
-        sampling: of the sampled answers: temperature, tokens, samples a problem.
+        n_samples: sampled answers a problem.
     """
 
     plan: Plan
