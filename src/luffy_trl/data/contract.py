@@ -38,6 +38,11 @@ def as_messages(prompt: str | list[Message]) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
+def with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """The conversation with this system message, in place of its own."""
+    return [{"role": "system", "content": text}, *(m for m in messages if m["role"] != "system")]
+
+
 @dataclass(frozen=True)
 class ToContract:
     """Rows of a published schema -> rows of the contract, for `datasets.map(batched=True)`.

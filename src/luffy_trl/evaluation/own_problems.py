@@ -11,6 +11,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
+from ..data.contract import with_system
 from ..data.files import ending
 from ..demonstrations.encoding import without_demonstrations
 from ..demonstrations.prompts import Reader, check_prompts
@@ -101,8 +102,7 @@ class OwnProblems:
             return row
         if not self.is_conversation:
             raise EvaluationError(f"--system_prompt needs messages, and the prompts of {self.where} are texts.")
-        rest = [message for message in row["prompt"] if message["role"] != "system"]
-        return row | {"prompt": [{"role": "system", "content": system}, *rest]}
+        return row | {"prompt": with_system(row["prompt"], system)}
 
     def _rendered(self, number: int) -> str:
         row, template = self._row(number), self.args.template

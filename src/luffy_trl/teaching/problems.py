@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from datasets import Dataset, Value
 
-from ..data.contract import to_contract
+from ..data.contract import to_contract, with_system
 from ..data.problems import ANSWER_COLUMNS, WORKING, ProblemColumns, problems_to_contract, recognise_problems
 from ..data.rows import checked_rows
 from ..demonstrations.encoding import demonstration_text
@@ -101,10 +101,6 @@ class _Systematic:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return {"prompt": with_system(row["prompt"], self.system_prompt)}
-
-
-def with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    return [{"role": "system", "content": text}, *(m for m in messages if m["role"] != "system")]
 
 
 def problems_of(dataset: Dataset, teacher_system_prompt: str | None, where: str) -> list[Problem]:
