@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luffy_trl.commands.cli import main as luffy_trl
@@ -124,8 +125,6 @@ def questions(name: str) -> list[str]:
 
 
 def read_recipe() -> dict[str, Any]:
-    import yaml
-
     return yaml.safe_load(RECIPE.read_text())
 
 
