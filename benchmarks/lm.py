@@ -17,6 +17,7 @@ import os
 import platform
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -52,10 +53,12 @@ WARM_SEED, WARM_PROBLEMS, WARM_STEPS, WARM_RATE = 1000, 60, 15, 1e-4
 SEEDS, RATE_SEED = (0, 1), 7
 RATES = (3e-5, 1e-4)
 # Rates are chosen for these; the others take LUFFY's
-TUNED = ("grpo", "luffy", "luffy_on_policy", "rl_sft", "sft", "sft_then_rl")
-METHODS = (
-    "grpo", "luffy", "luffy_on_policy", "sft", "sft_then_rl", "sft_then_luffy", "rl_sft", "mixed_policy", "prefix",
-)  # fmt: skip
+TUNED = ("grpo", "luffy", "sft", "sft_then_rl")
+METHODS = ("sft", "luffy", "luffy_on_policy", "grpo", "sft_then_rl", "sft_then_luffy")
+MORE_METHODS = ("rl_sft", "mixed_policy", "prefix")
+# As many seconds as LUFFY takes, in place of as many demonstrations
+LONG = {"sft_long": "sft", "sft_then_rl_long": "sft_then_rl"}
+REGIMES = ("warm", "cold")
 HELD_OUT = "held_out"
 
 
@@ -79,9 +82,11 @@ class Job:
 
 def jobs(seeds: tuple[int, ...]) -> list[Job]:
     """In the order in which they tell most: bases, rates, then the methods of the first seed."""
-    listed = [Job(regime, "base", 0) for regime in ("warm", "cold")]
+    listed = [Job(regime, "base", 0) for regime in REGIMES]
     listed += [Job("warm", method, RATE_SEED, rate) for method in TUNED for rate in RATES]
-    return listed + [Job(regime, method, seed) for seed in seeds for regime in ("warm", "cold") for method in METHODS]
+    for methods in (METHODS, tuple(LONG), MORE_METHODS):
+        listed += [Job(regime, method, seed) for seed in seeds for regime in REGIMES for method in methods]
+    return listed
 
 
 # Bases
@@ -137,8 +142,11 @@ def on_cpu() -> list[str]:
 
 def execute(job: Job, base: Path, directory: Path, rate: float | None, steps: int) -> dict[str, Any]:
     """Train and measure one job, and leave only numbers of it."""
-    output = directory / "runs" / job.name
-    argv = ["compare", "--config", str(RECIPE), "--model_name_or_path", str(base), "--methods", job.method]
+    output, measured = directory / "runs" / job.name, directory / "bases" / f"{job.regime}-measured"
+    if measured.is_dir():  # every comparison measures its base: once is enough
+        shutil.copytree(measured, output / "runs" / "base", dirs_exist_ok=True)
+    method = LONG.get(job.method, job.method)
+    argv = ["compare", "--config", str(RECIPE), "--model_name_or_path", str(base), "--methods", method]
     argv += ["--seeds", str(job.seed), "--output_dir", str(output), "--max_steps", str(steps)]
     argv += ["--eval_args", "--batch_size 64"]
     if rate is not None:
@@ -152,12 +160,14 @@ def execute(job: Job, base: Path, directory: Path, rate: float | None, steps: in
         subprocess.run(
             [sys.executable, "-m", "luffy_trl", *argv, *on_cpu()], stdout=log, stderr=subprocess.STDOUT, check=True
         )
-    [found] = [run for run in json.loads((output / "results.json").read_text())["runs"] if run["method"] == job.method]
+    [found] = [run for run in json.loads((output / "results.json").read_text())["runs"] if run["method"] == method]
+    if job.method == "base":
+        shutil.copytree(output / "runs" / "base", measured, dirs_exist_ok=True)
     if job.rate is None:
-        models = sorted(output.glob(f"runs/{job.method}/**/model")) or [base]
+        models = sorted(output.glob(f"runs/{method}/**/model")) or [base]
         found["text_nll"] = text_nll(models[-1])
     shutil.rmtree(output)
-    return job.key | found | {"learning_rate": rate}
+    return found | job.key | {"learning_rate": rate}
 
 
 @torch.no_grad()
@@ -206,8 +216,19 @@ class Results:
         return chosen_rates(trials, HELD_OUT)
 
     def rate(self, method: str) -> float | None:
-        rates = self.rates()
+        method, rates = LONG.get(method, method), self.rates()
         return None if method == "base" else rates[method if method in TUNED else "luffy"]
+
+    def steps(self, method: str, steps: int) -> int:
+        """Of a method that has as many seconds as LUFFY: by the processors' seconds of the runs that chose rates."""
+        if method not in LONG:
+            return steps
+        trials = [run for run in self.runs if run["chooses_rate"]]
+        cost = {
+            name: statistics.fmean(run["cpu_seconds"] for run in trials if run["method"] == name)
+            for name in ("luffy", LONG[method])
+        }
+        return round(steps * cost["luffy"] / cost[LONG[method]])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -220,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="begin no run after so many (default: no limit)")
     args = parser.parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1" if args.workers > 1 else str(os.cpu_count()))
-    unknown = set(METHODS) - set(known_methods())
+    unknown = {*METHODS, *LONG.values(), *MORE_METHODS} - set(known_methods())
     assert not unknown, unknown
     bases, results, start = prepare_bases(args.directory), Results(args.output), time.monotonic()
 
@@ -228,7 +249,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.minutes is not None and time.monotonic() - start > 60 * args.minutes:
             return f"left for later: {job.name}"
         rate = job.rate if job.rate is not None else results.rate(job.method)
-        results.add(execute(job, bases[job.regime], args.directory, rate, args.steps))
+        steps = results.steps(job.method, args.steps)
+        results.add(execute(job, bases[job.regime], args.directory, rate, steps))
         return job.name
 
     todo = [job for job in jobs(tuple(args.seeds)) if not results.has(job)]

@@ -195,11 +195,11 @@ class Comparison:
         return [result(run, self.commands) for run in runs]
 
     def _is_done(self, run: PlannedRun) -> bool:
-        return all(step.seconds() is not None for step in self.commands.steps(run))
+        return all(step.took() is not None for step in self.commands.steps(run))
 
     def _one(self, run: PlannedRun, processes: Processes) -> None:
         for step in self.commands.steps(run):
-            if step.seconds() is None:
+            if step.took() is None:
                 processes.run(step)
 
 

@@ -12,7 +12,7 @@ from ..runs.budget import counted
 from . import ComparisonError
 from .methods import BASE_MODEL, Method
 from .plan import MODEL, PlannedRun
-from .stages import GREEDY, SAMPLED, Commands, evaluation_directory
+from .stages import GREEDY, SAMPLED, Commands, Took, evaluation_directory
 
 
 AS_GOOD = 0.01  # a rate is as good as the best if it has this share of right answers less
@@ -25,7 +25,7 @@ class Measured:
         accuracy, greedy: test set -> share of right answers, sampled and greedy.
         entropy: of the policy on its rollouts, in nats, as logged last; None where nothing was sampled.
         tokens: trained on or sampled, prompts included.
-        seconds: of training, over all attempts that were seen to end.
+        seconds, cpu_seconds: of training, over all attempts that were seen to end; of the clock, and of processors.
     """
 
     method: str
@@ -36,6 +36,7 @@ class Measured:
     entropy: float | None = None
     tokens: float = 0.0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     steps: int = 0
 
 
@@ -47,7 +48,7 @@ def result(run: PlannedRun, commands: Commands) -> Measured:
     """
     logs = [_log(run.stage_directory(number) / MODEL / "trainer_state.json") for number in range(len(run.stages))]
     sampled = [line for lines in logs for line in lines if "on_policy/entropy" in line]
-    seconds = [step.seconds() for step in commands.steps(run) if step.directory.parent == run.directory]
+    took = [step.took() or Took() for step in commands.steps(run) if step.directory.parent == run.directory]
     return Measured(
         run.name,
         run.seed,
@@ -56,7 +57,8 @@ def result(run: PlannedRun, commands: Commands) -> Measured:
         greedy={test.name: _score(run, test.name, GREEDY) for test in commands.tests if GREEDY in commands.ways},
         entropy=sampled[-1]["on_policy/entropy"] if sampled else None,
         tokens=sum(counted([line["num_tokens"] for line in lines if line.get("num_tokens")]) for lines in logs),
-        seconds=sum(s for s in seconds if s is not None),
+        seconds=sum(one.seconds for one in took),
+        cpu_seconds=sum(one.cpu_seconds for one in took),
         steps=sum(max((int(line.get("step", 0)) for line in lines), default=0) for lines in logs),
     )
 

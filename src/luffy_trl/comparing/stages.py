@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from . import ComparisonError
 from .plan import MERGED, MODEL, Plan, PlannedRun, TestSet, is_true
 
 
-RECIPE, LOG, DONE, PROCESS = "recipe.yaml", "log.txt", "done.json", "process.json"
+RECIPE, LOG, DONE, ATTEMPTS, PROCESS = "recipe.yaml", "log.txt", "done.json", "attempts.json", "process.json"
 GREEDY, SAMPLED = "greedy", "sampled"
 GRACE = 120.0  # seconds in which a run that is stopped may save a checkpoint
 LAST_LINES = 3  # last lines of a failed command
@@ -37,6 +37,17 @@ class StageError(ComparisonError):
 
 
 @dataclass(frozen=True)
+class Took:
+    """Seconds of the clock, and of processors: those do not grow where other work shares the machine."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def __add__(self, other: "Took") -> "Took":
+        return Took(self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds)
+
+
+@dataclass(frozen=True)
 class Step:
     """One command of a run. `settings` are what it depends on: another value needs another directory."""
 
@@ -45,8 +56,8 @@ class Step:
     command: list[str]
     settings: dict[str, Any]
 
-    def seconds(self) -> float | None:
-        """What it has taken, over all attempts that were seen to end; None if it has not ended well.
+    def took(self) -> "Took | None":
+        """Over all attempts that were seen to end; None if it has not ended well.
 
         Raises:
             ComparisonError: if it was done with other settings.
@@ -56,7 +67,7 @@ class Step:
             return None
         try:
             done = json.loads(path.read_text(encoding="utf-8"))
-            kept, seconds = done["settings"], float(done["seconds"])
+            kept, took = done["settings"], Took(float(done["seconds"]), float(done["cpu_seconds"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ComparisonError(f"{path} is damaged: remove {self.directory}, and it is done anew.") from error
         if kept != self.settings:
@@ -65,7 +76,7 @@ class Step:
                 f"{self.directory} was made with other settings ({', '.join(names)}). Choose another --output_dir, "
                 "or remove it."
             )
-        return seconds
+        return took
 
 
 @dataclass(frozen=True)
@@ -146,8 +157,8 @@ class Processes:
         self._running: set[subprocess.Popen] = set()
         self._is_stopped = False
 
-    def run(self, step: Step) -> float:
-        """Run the command, its output into a file beside it. Returns the seconds of all its attempts.
+    def run(self, step: Step) -> None:
+        """Run the command, its output into a file beside it.
 
         Raises:
             StageError: if it fails, with its last lines; or was stopped, with status 75.
@@ -159,25 +170,27 @@ class Processes:
         end_orphan(directory)
         start = time.monotonic()
         with open(directory / LOG, "a", encoding="utf-8") as log:
-            status = self._wait(step, log)
-        seconds = time.monotonic() - start + _seconds_before(directory)
+            status, cpu_seconds = self._wait(step, log)
+        took = _took_before(directory) + Took(time.monotonic() - start, cpu_seconds)
         if status != 0:
-            (directory / "seconds.txt").write_text(f"{seconds:.1f}\n", encoding="utf-8")
+            (directory / ATTEMPTS).write_text(json.dumps(asdict(took)), encoding="utf-8")
             raise StageError(f"{step.what} ended with status {status}: {_last_lines(directory / LOG)}", status)
-        _write_done(directory, {"seconds": round(seconds, 1), "settings": step.settings})
-        return seconds
+        _write_done(directory, asdict(took) | {"settings": step.settings})
 
-    def _wait(self, step: Step, log: Any) -> int:
+    def _wait(self, step: Step, log: Any) -> tuple[int, float]:
+        """Exit status, and seconds of processors, those of processes that it waited for among them."""
         with self._lock:
             if self._is_stopped:
-                return STOPPED_STATUS
+                return STOPPED_STATUS, 0.0
             # A session of its own: Ctrl-C is for this process, which stops its commands
             process = subprocess.Popen(step.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
             self._running.add(process)
         record = step.directory / PROCESS
         record.write_text(json.dumps({"pid": process.pid, "started": _started(process.pid)}), encoding="utf-8")
         try:
-            return process.wait()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return process.returncode, usage.ru_utime + usage.ru_stime
         finally:
             record.unlink()
             with self._lock:
@@ -231,13 +244,12 @@ def _signal(pid: int, number: int) -> None:
         os.killpg(pid, number)
 
 
-def _seconds_before(directory: Path) -> float:
+def _took_before(directory: Path) -> Took:
     """Of attempts that were seen to end; one that was killed together with the comparison is not counted."""
-    path = directory / "seconds.txt"
     try:
-        return float(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return 0.0
+        return Took(**json.loads((directory / ATTEMPTS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return Took()
 
 
 def _write_done(directory: Path, done: dict[str, Any]) -> None:
