@@ -60,6 +60,7 @@ MORE_METHODS = ("rl_sft", "mixed_policy", "prefix")
 LONG = {"sft_long": "sft", "sft_then_rl_long": "sft_then_rl"}
 REGIMES = ("warm", "cold")
 HELD_OUT = "held_out"
+COPYING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,9 @@ def on_cpu() -> list[str]:
 def execute(job: Job, base: Path, directory: Path, rate: float | None, steps: int) -> dict[str, Any]:
     """Train and measure one job, and leave only numbers of it."""
     output, measured = directory / "runs" / job.name, directory / "bases" / f"{job.regime}-measured"
-    if measured.is_dir():  # every comparison measures its base: once is enough
-        shutil.copytree(measured, output / "runs" / "base", dirs_exist_ok=True)
+    with COPYING:  # every comparison measures its base: once is enough
+        if measured.is_dir():
+            shutil.copytree(measured, output / "runs" / "base", dirs_exist_ok=True)
     method = LONG.get(job.method, job.method)
     argv = ["compare", "--config", str(RECIPE), "--model_name_or_path", str(base), "--methods", method]
     argv += ["--seeds", str(job.seed), "--output_dir", str(output), "--max_steps", str(steps)]
@@ -161,7 +163,7 @@ def execute(job: Job, base: Path, directory: Path, rate: float | None, steps: in
             [sys.executable, "-m", "luffy_trl", *argv, *on_cpu()], stdout=log, stderr=subprocess.STDOUT, check=True
         )
     [found] = [run for run in json.loads((output / "results.json").read_text())["runs"] if run["method"] == method]
-    if job.method == "base":
+    with COPYING:
         shutil.copytree(output / "runs" / "base", measured, dirs_exist_ok=True)
     if job.rate is None:
         models = sorted(output.glob(f"runs/{method}/**/model")) or [base]
