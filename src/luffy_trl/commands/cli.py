@@ -63,21 +63,34 @@ def underscored(argv: Sequence[str]) -> list[str]:
     return [*shown, *argv[len(flags) :]]
 
 
+# model: steps and output_dir, unless others are given
+DEMOS = {"letter_walk": (100, "outputs/demo"), "smollm2": (20, "outputs/demo-lm")}
+
+
 def demo(argv: Sequence[str], prog: str) -> None:
-    parser = argparse.ArgumentParser(prog=prog, description="Compare GRPO, LUFFY and SFT on the embedded task.")
-    parser.add_argument("--seed", type=int, default=0, help="of the base, the data and the runs (default: 0)")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each method (default: 100)")
-    parser.add_argument("--output_dir", default="outputs/demo", help="default: outputs/demo")
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Compare GRPO, LUFFY and SFT on the embedded task; or train a real model, and read its answers.",
+    )
+    add = parser.add_argument
+    add("--model", choices=DEMOS, default="letter_walk", help="the embedded task's, a minute (default), or SmolLM2's "
+        "135M parameters, some ten minutes")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the data, the runs and the embedded task's base (default: 0)")
+    add("--steps", type=int, help="optimizer steps of RL (default: 100; smollm2: 20)")
+    add("--output_dir", help="default: outputs/demo; smollm2: outputs/demo-lm")
     args = parser.parse_args(argv)
-    if args.steps < 1:
-        parser.error(f"--steps {args.steps} must be 1 or more")
+    default_steps, default_dir = DEMOS[args.model]
+    steps, output_dir = args.steps if args.steps is not None else default_steps, args.output_dir or default_dir
+    if steps < 1:
+        parser.error(f"--steps {steps} must be 1 or more")
     try:
         from .demo import run_demo
+        from .demo_lm import run_lm_demo
         from .inputs import UsageError
 
-        run_demo(args.output_dir, seed=args.seed, steps=args.steps)
+        (run_demo if args.model == "letter_walk" else run_lm_demo)(output_dir, seed=args.seed, steps=steps)
     except KeyboardInterrupt:
-        sys.exit(f"\nInterrupted. What was finished, if anything, is in {args.output_dir}")
+        sys.exit(f"\nInterrupted. What was finished, if anything, is in {output_dir}")
     except UsageError as error:
         parser.error(str(error))
 

@@ -1,5 +1,6 @@
 """The methods that are compared with each other: one trainer, one set of flags each, on tiny models."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def make_trainer(
     learning_rate: float,
     callbacks: list[TrainerCallback],
     max_completion_length: int,
+    reward: Callable = letter_walk_reward,
     **flags: Any,
 ) -> LuffyTrainer | SFTTrainer:
     """A trainer of the method on the CPU, quiet, with a constant learning rate; `flags` are more of its fields.
@@ -75,7 +77,7 @@ def make_trainer(
         }
         trainer = LuffyTrainer(
             str(base),
-            letter_walk_reward,
+            reward,
             LuffyConfig(**(common | fields | METHODS[method] | flags)),
             train_dataset=train_dataset,
             processing_class=tokenizer,
