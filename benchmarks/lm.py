@@ -6,7 +6,8 @@
 Trained on sums of three terms; measured on those, on longer sums, on the other task that the warm base has learned
 (what is forgotten), and by the likelihood of an unrelated text. Runs go through `luffy-trl compare`. Each is added to
 the results file when it ends: started again, a benchmark that was stopped goes on. Learning rates are chosen in the
-warm regime on a seed of their own.
+warm regime on a seed of their own. At the end, and by --report alone, it writes docs/learning.md, its figure and the
+README's table.
 
     python benchmarks/lm.py --workers 2
 """
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 import yaml
+from lm_report import write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luffy_trl.commands.cli import main as luffy_trl
@@ -241,7 +243,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=read_recipe()["max_steps"])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--minutes", type=float, help="begin no run after so many (default: no limit)")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where learning.md and the figure are")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="that shows the short table")
+    parser.add_argument("--report", action="store_true", help="no runs: tables and figure from what there is")
     args = parser.parse_args(argv)
+    if args.report:
+        return write_report(json.loads(args.output.read_text()), args.docs, args.readme)
     os.environ.setdefault("OMP_NUM_THREADS", "1" if args.workers > 1 else str(os.cpu_count()))
     unknown = {*METHODS, *LONG.values(), *MORE_METHODS} - set(known_methods())
     assert not unknown, unknown
@@ -263,6 +270,7 @@ def main(argv: list[str] | None = None) -> None:
             for number, future in enumerate(as_completed(futures), start=1):
                 took = time.monotonic() - start
                 print(f"{took:7.0f} s  {number:>3} of {len(part)}  {future.result()}", flush=True)
+    write_report(json.loads(args.output.read_text()), args.docs, args.readme)
 
 
 if __name__ == "__main__":
