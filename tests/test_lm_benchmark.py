@@ -49,9 +49,10 @@ def test_a_method_of_as_many_seconds_has_as_many_more_steps(lm, tmp_path):
     trials = [("luffy", 600.0), ("luffy", 500.0), ("sft", 60.0), ("sft", 50.0)]
     path.write_text(json.dumps({"runs": [run(m, 7, 0.1, chooses_rate=True, cpu_seconds=s) for m, s in trials]}))
     results = lm.Results(path)
-    assert results.steps("sft_long", 20) == 200
-    assert results.steps("sft", 20) == results.steps("luffy", 20) == 20
-    assert results.rate("sft_long") == results.rate("sft")
+    of = {method: lm.Job("warm", method, 0) for method in ("luffy", "sft", "sft_long")}
+    assert results.steps(of["sft_long"], 20) == 200
+    assert results.steps(of["sft"], 20) == results.steps(of["luffy"], 20) == 20
+    assert results.rate(of["sft_long"]) == results.rate(of["sft"])
 
 
 def test_the_tables_of_a_real_model_are_means_over_its_seeds():

@@ -81,8 +81,9 @@ class LuffyScriptArguments(ScriptArguments):
         metadata={
             "help": "One or more reward functions, summed: 'math_reward', 'math_reward_optional_thought' (without the "
             "need of a '</think>'), 'choice_reward', 'format_reward', 'accuracy_reward', 'reasoning_accuracy_reward', "
-            "'think_format_reward' (TRL's), 'letter_walk_reward', 'reasoning_gym_reward', 'reasoning_gym_solved_reward' "
-            "(the same without a part for half an answer), or a dotted path such as "
+            "'think_format_reward' (TRL's), 'letter_walk_reward', 'reasoning_gym_reward', "
+            "'reasoning_gym_solved_reward', "
+            "or a dotted path such as "
             "my_rewards.my_function, found from the working directory. Needed for every dataset but the embedded one "
             "and reasoning-gym's."
         },

@@ -20,8 +20,8 @@ class ReasoningGymReward:
     completion with a thought, what follows `</think>` counts.
 
     Args:
-        partial: False: 0 for whatever is not wholly right. Many scorers give a part for an answer in which the right one
-            occurs ("14" for "4"), which a policy can learn to collect.
+        partial: False: 0 for whatever is not wholly right. Many scorers give a part for an answer in which the right
+            one occurs ("14" for "4"), which a policy can learn to collect.
     """
 
     columns = ("task", "task_index")  # of the dataset, without which it is an error to call it
