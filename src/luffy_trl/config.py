@@ -80,7 +80,7 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, GuidanceConfig, PaddingFr
     demonstration_loss: str = field(
         default="importance_sampling",
         metadata={
-            "help": "What trains the demonstrations' tokens: 'importance_sampling', -A f(r); or, whatever their reward, "
+            "help": "What trains the demonstrations' tokens: 'importance_sampling', -A f(r); or whatever their reward "
             "'sft', -log pi, or 'chord_phi', -p (1 - p) log pi, CHORD's, which both need "
             "advantage_baseline='on_policy'. Default 'importance_sampling', the paper's."
         },

@@ -24,7 +24,7 @@ from .schedules import chord_mu, weight_factor
 WEIGHT_SCHEDULES = ("constant", "linear", "cosine", "chord", "success", "group_success")
 ROLLOUT_WEIGHTS = ("one", "complement")
 AVERAGES = ("joint", "token", "sequence")
-STATE = "success_rate.json"
+SUCCESS_FILE = "success_rate.json"
 
 
 @dataclass
@@ -204,9 +204,9 @@ class Guidance:
     def save(self, checkpoint: Path) -> None:
         """Write what is needed to go on, on one process."""
         if self.rate is not None:
-            (checkpoint / STATE).write_text(json.dumps({"rate": self.rate}))
+            (checkpoint / SUCCESS_FILE).write_text(json.dumps({"rate": self.rate}))
 
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint; from one without a rate, which earlier versions wrote, as at the start."""
-        path = checkpoint / STATE
+        path = checkpoint / SUCCESS_FILE
         self.rate = json.loads(path.read_text())["rate"] if path.is_file() else None
