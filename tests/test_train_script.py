@@ -12,19 +12,14 @@ import yaml
 from datasets import Dataset
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-from trl import ModelConfig, TrlParser
 
-from luffy_trl import LuffyConfig
 from luffy_trl.commands.cli import main, train
-from luffy_trl.commands.inputs import LuffyScriptArguments, check_arguments
-from luffy_trl.commands.sft import LuffySFTConfig, to_prompt_completion
+from luffy_trl.commands.sft import to_prompt_completion
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 from luffy_trl.tasks.letter_walk_base import accuracy
 
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-SFT_RECIPE = ROOT / "recipes" / "letter_walk_sft.yaml"
 ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 CPU = ["--use_cpu", "--bf16", "False"]
 
@@ -38,26 +33,8 @@ def run(*command, cwd=ROOT) -> subprocess.CompletedProcess:
 # Files that come with the repository
 
 
-def test_there_are_recipes_and_configs():
-    assert len(RECIPES) >= 13
+def test_there_are_configs():
     assert len(ACCELERATE_CONFIGS) >= 9
-
-
-def test_the_sft_recipe_parses():
-    parser = TrlParser((LuffyScriptArguments, LuffySFTConfig, ModelConfig))
-    _, training_args, _ = parser.parse_args_and_config(["--config", str(SFT_RECIPE)])
-    assert training_args.max_length is None
-    assert training_args.learning_rate == 1e-4
-
-
-@pytest.mark.parametrize("recipe", sorted({*RECIPES} - {SFT_RECIPE}), ids=lambda path: path.stem)
-def test_recipes_parse(recipe):
-    parser = TrlParser((LuffyScriptArguments, LuffyConfig, ModelConfig))
-    script_args, training_args, model_args = parser.parse_args_and_config(["--config", str(recipe), *CPU])
-    check_arguments(script_args, model_args)
-    written = yaml.safe_load(recipe.read_text())
-    assert training_args.num_demonstrations == written["num_demonstrations"]
-    assert training_args.learning_rate == written["learning_rate"]
 
 
 @pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=lambda path: path.stem)
@@ -459,48 +436,3 @@ def test_what_cannot_be_had_is_said_without_a_traceback(command, flags, message,
     err = capsys.readouterr().err
     assert f"luffy-trl {command}: error: " in err
     assert message in err
-
-
-# The paper's recipes
-
-
-@pytest.fixture(scope="module")
-def prepared_model(chat_model_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("paper") / "model"
-    context = ["--rope_theta", "40000", "--max_position_embeddings", "16384", "--template", "chatml", "--think"]
-    main(["prepare-model", "--model_name_or_path", str(chat_model_dir), "--output_dir", str(out), *context])
-    return out
-
-
-@pytest.fixture(scope="module")
-def published_rows(tmp_path_factory):
-    """Rows in the columns of Elliott/Openr1-Math-46k-8192."""
-    rows = [
-        {
-            "data_source": "openr1",
-            "prompt": [{"role": "system", "content": "Think."}, {"role": "user", "content": f"What is {i} + 1?"}],
-            "target": [{"role": "assistant", "content": f"<think>\n{i}+1\n</think>\n\n\\boxed{{{i + 1}}}"}],
-            "ability": "math",
-            "reward_model": {"ground_truth": str(i + 1), "style": "rule"},
-            "extra_info": {"index": i, "split": "default"},
-        }
-        for i in range(4)
-    ]
-    path = tmp_path_factory.mktemp("data") / "openr1.parquet"
-    pd.DataFrame(rows).to_parquet(path)
-    return path
-
-
-PAPER_RECIPES = [path for path in RECIPES if not path.stem.startswith("letter_walk")]
-
-
-@pytest.mark.parametrize("recipe", PAPER_RECIPES, ids=lambda path: path.stem)
-def test_the_papers_recipes_run_with_other_sizes(recipe, prepared_model, published_rows, tmp_path):
-    sizes = {
-        "model_name_or_path": prepared_model, "dataset_name": published_rows, "output_dir": tmp_path / "out",
-        "attn_implementation": "sdpa", "use_vllm": False, "per_device_train_batch_size": 8, "log_completions": False,
-        "gradient_accumulation_steps": 1, "steps_per_generation": 2, "max_steps": 2, "max_completion_length": 24,
-        "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no",
-    }  # fmt: skip
-    main(["train", "--config", str(recipe), *[str(part) for k, v in sizes.items() for part in (f"--{k}", v)]])
-    assert (tmp_path / "out" / "model.safetensors").is_file()

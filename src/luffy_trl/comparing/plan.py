@@ -12,6 +12,8 @@ from .methods import BASE_MODEL, Method, Stage, stage_steps
 
 Recipe = dict[str, Any]
 MODEL, MERGED = "model", "merged"  # folders within a stage's: its output, and an adapter's with its base
+# Fields of `sft` that a recipe of `train` does not mean: it looks at no reward, and its losses are others
+NOT_FOR_SFT = {"reward_funcs", "loss_type"}
 DEFAULT_ROWS, DEFAULT_GROUP = 8, 8  # per_device_train_batch_size and num_generations of TRL
 
 
@@ -142,7 +144,7 @@ class Plan:
             )
         at_once = max(size for size in range(1, min(rows, prompts) + 1) if prompts % size == 0)
         batch = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": prompts // at_once}
-        known = self.sft_fields - {"reward_funcs"}
+        known = self.sft_fields - NOT_FOR_SFT
         return {name: value for name, value in recipe.items() if name in known} | batch
 
 
