@@ -21,7 +21,6 @@ from datetime import date
 from importlib.metadata import version
 from itertools import groupby, islice
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 
@@ -34,7 +33,10 @@ from learning_report import write_report
 from transformers import AutoTokenizer, logging, set_seed
 from variants import demonstrate
 
-from luffy_trl.commands.comparison import GROUP_SIZE, METHODS, PROMPTS_PER_STEP, make_trainer
+from luffy_trl.commands.comparison import GROUP_SIZE, PROMPTS_PER_STEP, make_trainer
+from luffy_trl.comparing.methods import known_methods, stage_steps
+from luffy_trl.comparing.results import Measured
+from luffy_trl.comparing.results import chosen_rates as best_rates
 from luffy_trl.tasks.letter_walk import distinct_walks, letter_walk_reward, sample_walk
 from luffy_trl.tasks.letter_walk_base import accuracy, load_or_pretrain
 from luffy_trl.tasks.probe import Probe
@@ -44,8 +46,8 @@ TRAINED, LENGTHS = 5, (3, 5, 6, 7)
 SEEDS, VALIDATION_SEEDS = (0, 1, 2, 3, 4), (7, 8, 9)  # also the bases'
 FEW = 3  # seeds of the conditions that no claim rests on
 LEARNING_RATES = (3e-5, 1e-4, 3e-4)
-AS_GOOD = 0.01  # a rate is as good as the best if it has this share of right answers less
 STEPS = 60
+TEST = "test"  # the one by which rates are chosen
 TRAIN_SIZE, TEST_SIZE, PROBE_SIZE, SAMPLED_SIZE, SAMPLES = 2048, 256, 64, 32, 16
 PROBE_EVERY = 5
 TASKS: dict[str, dict[str, Any]] = {
@@ -58,7 +60,12 @@ TASKS: dict[str, dict[str, Any]] = {
         "pretraining": {"steps": 900, "diligence": 0.4},
     },
 }
-ALL = (*METHODS, "SFT", "SFT then RL")
+# As the results name them, and as luffy_trl/comparing/methods.yaml does
+METHODS = {
+    "GRPO": "grpo", "mixed policy": "mixed_policy", "LUFFY": "luffy", "RL + SFT loss": "rl_sft", "prefixes": "prefix",
+    "success gate": "gate", "SFT": "sft", "SFT then RL": "sft_then_rl",
+}  # fmt: skip
+ALL = tuple(METHODS)
 # Learning rates are chosen for these; the others are LUFFY with an option, and take LUFFY's
 CORE = ("GRPO", "mixed policy", "LUFFY", "RL + SFT loss", "SFT", "SFT then RL")
 
@@ -155,27 +162,22 @@ def execute(run: Run, base: Path, learning_rate: float, steps: int, test_size: i
 
 def train(run: Run, base: Path, train_dataset, learning_rate: float, steps: int, probe: Probe, limit: int):
     """The trained model, the tokens it sampled for training, and the mean share of clipped tokens."""
-    phases = [(run.method, steps)]
-    if run.method == "SFT then RL":  # the same optimizer steps in all
-        phases = [("SFT", steps // 2), ("GRPO", steps - steps // 2)]
+    stages = known_methods()[METHODS[run.method]].stages
     logs: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as directory:
         start: str | Path = base
-        for method, phase_steps in phases:
-            flags = {"logging_steps": 1, **run.flags} if method != "SFT" else {}
+        for number, (stage, own_steps) in enumerate(zip(stages, stage_steps(stages, steps), strict=True)):
+            flags = {"logging_steps": 1, **run.flags} if stage.command == "train" else {}
             trainer = make_trainer(
-                method, start, train_dataset, directory, run.seed, phase_steps, learning_rate, [probe], limit, **flags
+                stage, start, train_dataset, directory, run.seed, own_steps, learning_rate, [probe], limit, **flags
             )
             trainer.train()
             logs += trainer.state.log_history
-            if phases[-1][0] != method:
-                start = Path(directory) / method
+            if number < len(stages) - 1:
+                start = Path(directory) / f"stage-{number}"
                 trainer.save_model(str(start))
-                probe.steps_before += phase_steps
-    rows, most = (
-        PROMPTS_PER_STEP * GROUP_SIZE,
-        (METHODS.get(phases[-1][0], {}) | run.flags).get("num_demonstrations", 1),
-    )
+                probe.steps_before += own_steps
+    rows, most = PROMPTS_PER_STEP * GROUP_SIZE, (stages[-1].fields | run.flags).get("num_demonstrations", 1)
     # Rollouts of the generations there were, as a share of the rows held demonstrations; none in SFT's logs. Of
     # prefixes the policy's part is left out.
     generated = sum(
@@ -248,23 +250,17 @@ def read_runs(path: Path) -> dict[str, dict[str, Any]]:
 def chosen_rates(done: dict[str, dict[str, Any]]) -> dict[tuple[str, str], float]:
     """(task, method) -> the smallest learning rate that is as good as the best.
 
-    By the share of right sampled answers at the end, of the trained length, averaged over the validation seeds. Where
-    all are equal, as for a method that learns nothing there, the middle one.
+    By the share of right sampled answers at the end, of the trained length, averaged over the validation seeds.
     """
-    scores: dict[tuple[str, str], dict[float, list[float]]] = {}
+    trials: dict[str, list[Measured]] = {}
     for result in done.values():
         if result["condition"].startswith("validation"):
-            by_rate = scores.setdefault((result["task"], result["method"]), {})
-            by_rate.setdefault(result["learning_rate"], []).append(result["sampled"][str(TRAINED)]["right"])
+            score = {TEST: result["sampled"][str(TRAINED)]["right"]}
+            trial = Measured(result["method"], result["seed"], result["learning_rate"], score)
+            trials.setdefault(result["task"], []).append(trial)
     return {
-        key: best_rate({rate: fmean(values) for rate, values in by_rate.items()}) for key, by_rate in scores.items()
+        (task, method): rate for task, of_task in trials.items() for method, rate in best_rates(of_task, TEST).items()
     }
-
-
-def best_rate(score: dict[float, float]) -> float:
-    if len(set(score.values())) == 1:
-        return sorted(score)[len(score) // 2]
-    return min(rate for rate in score if score[rate] >= max(score.values()) - AS_GOOD)
 
 
 def run_grid(runs: list[Run], steps: int, test_size: int, workers: int, directory: Path, log: Path) -> None:

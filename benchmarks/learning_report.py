@@ -20,7 +20,7 @@ TITLES = {
     "rare": "P(rare tokens)",
 }
 SAME_RATE = 1e-4  # where methods are compared at one learning rate
-BEGIN, END = "<!-- measured: written by benchmarks/learning.py -->", "<!-- end of measured -->"
+WRITER, END = "benchmarks/learning.py", "<!-- end of measured -->"
 COLUMNS: dict[str, Callable[[Result], float]] = {
     "5 letters": lambda run: run["accuracy"]["5"],
     "3": lambda run: run["accuracy"]["3"],
@@ -146,16 +146,18 @@ def markdown(results: Result) -> str:
     return "\n\n".join(parts)
 
 
-def insert(path: Path, text: str) -> None:
-    """Put the text between the page's marks, which it must have.
+def insert(path: Path, text: str, writer: str = WRITER) -> None:
+    """Put the text between the page's marks of the benchmark, which it must have.
 
     Raises:
         ValueError: if the page has no marks.
     """
-    page = path.read_text()
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"{path} has no lines {BEGIN!r} and {END!r} between which the tables go.")
-    path.write_text(page[: page.index(BEGIN) + len(BEGIN)] + f"\n\n{text}\n\n" + page[page.index(END) :])
+    begin = f"<!-- measured: written by {writer} -->"
+    before, found, rest = path.read_text().partition(begin)
+    _, closed, after = rest.partition(END)
+    if not found or not closed:
+        raise ValueError(f"{path} has no lines {begin!r} and {END!r} between which the tables go.")
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{END}{after}")
 
 
 def write_report(results: Result, docs: Path, readme: Path) -> None:

@@ -5,8 +5,9 @@
 
 Trained on sums of three terms; measured on those, on longer sums, on the other task that the warm base has learned
 (what is forgotten), and by the likelihood of an unrelated text. Runs go through `luffy-trl compare`. Each is added to
-the results file when it ends: started again, a benchmark that was stopped goes on. Learning rates are chosen in the
-warm regime on a seed of their own.
+the results file when it ends: started again, a benchmark that was stopped goes on. Learning rates are chosen on a
+seed of their own. At the end, and by --report alone, it writes docs/learning.md, its figure and the
+README's table.
 
     python benchmarks/lm.py --workers 2
 """
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 import yaml
+from lm_report import write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luffy_trl.commands.cli import main as luffy_trl
@@ -51,9 +53,9 @@ TESTS = {
 # Other problems, for the warm base: of each task as many
 WARM_SEED, WARM_PROBLEMS, WARM_STEPS, WARM_RATE = 1000, 60, 15, 1e-4
 SEEDS, RATE_SEED = (0, 1), 7
-RATES = (3e-5, 1e-4)
-# Rates are chosen for these; the others take LUFFY's
-TUNED = ("grpo", "luffy", "sft", "sft_then_rl")
+RATES = {"warm": (3e-5, 1e-5), "cold": (1e-4, 3e-5)}
+# Rates are chosen for these; the others take LUFFY's. (From the cold base GRPO has no gradient at any rate.)
+TUNED = {"warm": ("sft", "luffy", "grpo", "sft_then_rl"), "cold": ("sft", "luffy", "sft_then_rl")}
 METHODS = ("sft", "luffy", "luffy_on_policy", "grpo", "sft_then_rl", "sft_then_luffy")
 MORE_METHODS = ("rl_sft", "mixed_policy", "prefix")
 # As many seconds as LUFFY takes, in place of as many demonstrations
@@ -84,7 +86,12 @@ class Job:
 def jobs(seeds: tuple[int, ...]) -> list[Job]:
     """In the order in which they tell most: bases, rates, then the methods of the first seed."""
     listed = [Job(regime, "base", 0) for regime in REGIMES]
-    listed += [Job("warm", method, RATE_SEED, rate) for method in TUNED for rate in RATES]
+    listed += [
+        Job(regime, method, RATE_SEED, rate)
+        for regime in REGIMES
+        for method in TUNED[regime]
+        for rate in RATES[regime]
+    ]
     for methods in (METHODS, tuple(LONG), MORE_METHODS):
         listed += [Job(regime, method, seed) for seed in seeds for regime in REGIMES for method in methods]
     return listed
@@ -209,28 +216,28 @@ class Results:
             unfinished.write_text(json.dumps({**facts, "runs": self.runs}, indent=1) + "\n")
             unfinished.replace(self.path)
 
-    def rates(self) -> dict[str, float]:
+    def trials(self, regime: str) -> list[dict[str, Any]]:
+        return [run for run in self.runs if run["regime"] == regime and run["chooses_rate"]]
+
+    def rate(self, job: Job) -> float | None:
+        if job.rate is not None or job.method == "base":
+            return job.rate
         trials = [
             Measured(run["method"], run["seed"], run["learning_rate"], run["accuracy"])
-            for run in self.runs
-            if run["chooses_rate"]
+            for run in self.trials(job.regime)
         ]
-        return chosen_rates(trials, HELD_OUT)
+        method, rates = LONG.get(job.method, job.method), chosen_rates(trials, HELD_OUT)
+        return rates[method if method in TUNED[job.regime] else "luffy"]
 
-    def rate(self, method: str) -> float | None:
-        method, rates = LONG.get(method, method), self.rates()
-        return None if method == "base" else rates[method if method in TUNED else "luffy"]
-
-    def steps(self, method: str, steps: int) -> int:
+    def steps(self, job: Job, steps: int) -> int:
         """Of a method that has as many seconds as LUFFY: by the processors' seconds of the runs that chose rates."""
-        if method not in LONG:
+        if job.method not in LONG:
             return steps
-        trials = [run for run in self.runs if run["chooses_rate"]]
         cost = {
-            name: statistics.fmean(run["cpu_seconds"] for run in trials if run["method"] == name)
-            for name in ("luffy", LONG[method])
+            name: statistics.fmean(run["cpu_seconds"] for run in self.trials(job.regime) if run["method"] == name)
+            for name in ("luffy", LONG[job.method])
         }
-        return round(steps * cost["luffy"] / cost[LONG[method]])
+        return round(steps * cost["luffy"] / cost[LONG[job.method]])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -241,7 +248,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=read_recipe()["max_steps"])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--minutes", type=float, help="begin no run after so many (default: no limit)")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where learning.md and the figure are")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="that shows the short table")
+    parser.add_argument("--report", action="store_true", help="no runs: tables and figure from what there is")
     args = parser.parse_args(argv)
+    if args.report:
+        return write_report(json.loads(args.output.read_text()), args.docs, args.readme)
     os.environ.setdefault("OMP_NUM_THREADS", "1" if args.workers > 1 else str(os.cpu_count()))
     unknown = {*METHODS, *LONG.values(), *MORE_METHODS} - set(known_methods())
     assert not unknown, unknown
@@ -250,8 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     def run(job: Job) -> str:
         if args.minutes is not None and time.monotonic() - start > 60 * args.minutes:
             return f"left for later: {job.name}"
-        rate = job.rate if job.rate is not None else results.rate(job.method)
-        steps = results.steps(job.method, args.steps)
+        rate, steps = results.rate(job), results.steps(job, args.steps)
         results.add(execute(job, bases[job.regime], args.directory, rate, steps))
         return job.name
 
@@ -263,6 +274,7 @@ def main(argv: list[str] | None = None) -> None:
             for number, future in enumerate(as_completed(futures), start=1):
                 took = time.monotonic() - start
                 print(f"{took:7.0f} s  {number:>3} of {len(part)}  {future.result()}", flush=True)
+    write_report(json.loads(args.output.read_text()), args.docs, args.readme)
 
 
 if __name__ == "__main__":

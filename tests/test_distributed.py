@@ -18,8 +18,15 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "accelerate_configs"
 
 OPTIONS = {
-    # a baseline that asks which rows this process's are, among rewards of which some are missing
-    "one micro-batch": {"rows": 16, "advantage_baseline": "on_policy"},
+    # a baseline that asks which rows this process's are, among rewards of which some are missing; a weight that
+    # follows the success of all, and averages over the tokens of all
+    "one micro-batch": {
+        "rows": 16,
+        "advantage_baseline": "on_policy",
+        "demonstration_weight_schedule": "success",
+        "solved_threshold": 0.85,
+        "demonstration_average": "token",
+    },
     # micro-batches of two rows: most hold no demonstration, and each process has its own mix
     "micro-batches of two rows": {
         "rows": 4,

@@ -103,7 +103,8 @@ def test_pass_at_k_is_the_chance_of_a_draw_without_replacement(benchmark_script)
 def test_the_learning_rate_is_the_smallest_as_good_as_the_best_and_the_middle_one_if_none_is(benchmark_script):
     def run(method: str, rate: float, right: float) -> dict:
         return {
-            "condition": "validation: letter walk", "task": "letter walk", "method": method, "learning_rate": rate,
+            "condition": "validation: letter walk", "task": "letter walk", "method": method, "seed": 7,
+            "learning_rate": rate,
             "sampled": {"5": {"right": right}},
         }  # fmt: skip
 

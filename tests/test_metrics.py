@@ -83,13 +83,14 @@ def test_push_and_pull_are_weights_times_what_a_token_can_still_move():
         "completion_mask": torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1]]),
         "off_policy_mask": torch.tensor([[False] * 3, [True] * 3, [False] * 3]),
         "advantages": torch.tensor([-0.5, 0.5, -0.5]),
+        "on_policy_weight": torch.tensor([0.4, 0.4, 1.0]),
         "off_policy_weight": torch.tensor([0.0, 2.0, 0.0]),
         "is_cold": torch.tensor([True, True, False]),
     }
     pull = torch.tensor([[9.0] * 3, [0.3, 0.2, 0.1], [9.0] * 3])
-    denominator = torch.tensor([[2.0], [4.0], [2.0]])
-    [(pushed, pulled)] = cold_start_sums(logps, pull, batch, denominator).values()
-    assert float(pushed) == pytest.approx(0.5 * (0.5 + 0.75) / 2)
+    on, off = torch.tensor([[2.0], [3.0], [2.0]]), torch.tensor([[5.0], [4.0], [5.0]])
+    [(pushed, pulled)] = cold_start_sums(logps, pull, batch, on, off).values()
+    assert float(pushed) == pytest.approx(0.4 * 0.5 * (0.5 + 0.75) / 2)
     assert float(pulled) == pytest.approx(2 * (0.3 * 0.9 + 0.2 * 0.1 + 0.0) / 4)
 
 

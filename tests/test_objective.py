@@ -159,7 +159,7 @@ def test_trl_is_shown_the_rollouts_tokens_alone():
         "old_per_token_logps": torch.full((2, 3), -1e30),
         "ref_per_token_logps": torch.full((2, 3), -3.0),
     }
-    shown = hide_demonstrations(batch, torch.tensor([[6.0], [2.0]]), torch.tensor([[6.0], [8.0]]))
+    shown = hide_demonstrations(batch, torch.tensor([[1.0], [0.25]]))
     assert shown["tool_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert shown["advantages"].tolist() == [[1.0], [-0.5]]  # 1 of its 4 tokens is the policy's
     assert shown["old_per_token_logps"][mask].tolist() == [0.0, 0.0]

@@ -14,7 +14,7 @@ from luffy_trl.commands.cli import main
 from luffy_trl.data.loading import load_splits
 from luffy_trl.tasks.gym import parse_task
 from luffy_trl.tasks.gym_oracles import ORACLES, worked_solution
-from luffy_trl.tasks.gym_reward import final_answer, reasoning_gym_reward
+from luffy_trl.tasks.gym_reward import final_answer, reasoning_gym_reward, reasoning_gym_solved_reward
 from luffy_trl.tasks.gym_splits import LIMITS, ask
 
 
@@ -92,6 +92,14 @@ def test_partly_right_answers_get_the_librarys_score():
         [f"\\boxed{{it is {row['solution']}}}"], task=[row["task"]], task_index=[row["task_index"]]
     )
     assert score == pytest.approx(len(row["solution"]) / len(f"it is {row['solution']}"))
+
+
+def test_one_reward_is_for_whole_answers_alone():
+    row = split(f"{SUMS},size=1")[0]
+    texts = [f"\\boxed{{1{row['solution']}}}", f"\\boxed{{{row['solution']}}}", row["solution"]]
+    columns = {"task": [row["task"]] * 3, "task_index": [row["task_index"]] * 3}
+    assert reasoning_gym_reward(texts, **columns)[0] > 0.3
+    assert reasoning_gym_solved_reward(texts, **columns) == [0.0, 1.0, 0.0]
 
 
 def test_no_answer_is_run_and_right_ones_are_right(tmp_path):

@@ -129,6 +129,8 @@ def test_the_best_checkpoint_is_kept_under_its_final_name(make_trainer, walks, t
 
 def test_auto_starts_anew_and_goes_on(make_trainer, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    # with a weight that remembers how often rollouts were right
+    options |= {"demonstration_weight_schedule": "success", "solved_threshold": 0.85}
     whole = make_trainer(max_steps=4, output_dir=str(tmp_path / "whole"), **options)
     whole.train(resume_from_checkpoint="auto")
     make_trainer(max_steps=2, **options).train(resume_from_checkpoint="auto")
@@ -138,6 +140,11 @@ def test_auto_starts_anew_and_goes_on(make_trainer, tmp_path):
     assert [line["step"] for line in resumed.state.log_history if "loss" in line] == [1, 2, 3, 4]
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+    rates = [
+        [line["groups/success_rate"] for line in run.state.log_history if "loss" in line] for run in (resumed, whole)
+    ]
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) == 4
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from luffy_trl.demonstrations.encoding import Demonstration
-from luffy_trl.demonstrations.schedules import prefix_ratio, weight_factor
+from luffy_trl.demonstrations.schedules import chord_mu, prefix_ratio, weight_factor
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,13 @@ def test_weight_over_a_run():
     assert [weight_factor("constant", p) for p in (0.0, 0.5, 1.0)] == [1.0, 1.0, 1.0]
     assert [weight_factor("linear", p) for p in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
     assert [weight_factor("cosine", p) for p in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_chords_mu_warms_up_falls_and_stays():
+    mu = [chord_mu(step, peak=0.5, valley=0.02, warmup_steps=2, decay_steps=4) for step in range(8)]
+    early, late = 0.02 + 0.48 * (2 + 2**0.5) / 4, 0.02 + 0.48 * (2 - 2**0.5) / 4
+    assert mu == pytest.approx([0.0, 0.25, 0.5, early, 0.26, late, 0.02, 0.02])
+    assert [chord_mu(step, 0.1, 0.1, 0, 0) for step in (0, 5)] == [0.1, 0.1]  # a constant
 
 
 def test_a_prefix_of_a_demonstration():

@@ -76,6 +76,17 @@ def test_arithmetic_of_several_processes_and_steps_a_generation(config):
         ({"shaping": "power"}, "loss -A f(r), f power, exponent 0.5, behavior probability 1; baseline: whole group"),
         ({"demonstration_loss": "sft", "advantage_baseline": "on_policy"}, "loss -log pi; baseline: rollouts"),
         (
+            {
+                "demonstration_loss": "chord_phi",
+                "advantage_baseline": "on_policy",
+                "demonstration_weight": 0.1,
+                "rollout_weight": "complement",
+                "demonstration_average": "token",
+            },
+            "loss -p (1 - p) log pi; weight 0.1 constant; rollouts weigh 1 less that; averaged apart, by token; "
+            "baseline: rollouts",
+        ),
+        (
             {"shaping": "identity", "success_gate": 0.25, "prefix_strategy": "uniform", "demonstration_weight": 2.0},
             "loss -A f(r), f identity, behavior probability 1; weight 2 constant; prefixes uniform, 0 to 1 of the "
             "tokens; where at most 25% of the rollouts are solved; baseline: whole group",

@@ -55,7 +55,8 @@ def whole_batch(trainer, model, rows, ratio=1.0, baseline="group", gate=1.0, rew
         group = [other for other in facts if other["prompt"] == fact["prompt"]]
         assert len(group) == GROUP
         rollouts = [other["reward"] for other in group if not other["off_policy"]]
-        fact["counts"] = sum(reward >= 1 for reward in rollouts) / len(rollouts) <= gate
+        fact["success"] = sum(reward >= 1 for reward in rollouts) / len(rollouts)
+        fact["counts"] = fact["success"] <= gate
         rewards = [other["reward"] for other in group] if baseline == "group" and fact["counts"] else rollouts
         fact["advantage"] = fact["reward"] - sum(rewards) / len(rewards)
         if fact["off_policy"] and not fact["counts"]:
@@ -98,15 +99,47 @@ def sft(logps, advantage):
     return -logps
 
 
+def chord_phi(logps, advantage):
+    """CHORD's Eqs. 5 and 6: phi = p (1 - p) is a weight, without a gradient of its own."""
+    with torch.no_grad():
+        phi = logps.exp() * (1 - logps.exp())
+    return -phi * logps
+
+
 REGULARIZED = importance_sampling(regularized)
 
 
+def averaged_apart(loss_type, average, facts, micro_batches):
+    """What a rollout's and a demonstration's token losses are divided by, each kind averaged by itself."""
+    on = [fact for fact in facts if fact["given"] < len(fact["ids"])]
+    off = [fact for fact in facts if fact["given"] and fact["counts"]]
+    on_rows, off_rows = len(on) / micro_batches, len(off) / micro_batches
+    on_tokens = sum(len(fact["ids"]) - fact["given"] for fact in on) / micro_batches
+    off_tokens = sum(fact["given"] for fact in off) / micro_batches
+
+    def of_rollout(fact, on_tokens_of_batch):
+        return {
+            "grpo": on_rows * (len(fact["ids"]) - fact["given"]),
+            "sapo": on_rows * (len(fact["ids"]) - fact["given"]),
+            "bnpo": on_tokens_of_batch,
+            "dr_grpo": on_rows * MAX_LENGTH,
+            "luspo": on_rows,
+        }.get(loss_type, on_tokens)
+
+    def of_demonstration(fact):
+        return off_tokens if average == "token" else off_rows * fact["given"]
+
+    return of_rollout, of_demonstration
+
+
 def objective(
-    model, ref_model, facts, old_logps, loss_type, beta, entropy_coef, micro_batches, term, weight, temperature=1.0
-):
+    model, ref_model, facts, old_logps, loss_type, beta, entropy_coef, micro_batches, term, weight, temperature=1.0,
+    average="joint", complement=False,
+):  # fmt: skip
     """Loss of the first micro-batch of an optimizer step that has no other."""
     rows = len(facts) // micro_batches
     tokens_in_batch = sum(len(fact["ids"]) for fact in facts)
+    of_rollout, of_demonstration = averaged_apart(loss_type, average, facts, micro_batches)
     batch = facts[:rows]
     batch_tokens = sum(len(fact["ids"]) for fact in batch)
     on_tokens = sum(len(fact["ids"]) - fact["given"] for fact in batch)
@@ -127,14 +160,19 @@ def objective(
             "luspo": rows,
         }[loss_type]
         given = fact["given"]
-        if fact["counts"]:
+        w = weight(fact) if callable(weight) else weight
+        on_denominator = off_denominator = denominator
+        if average != "joint":
+            on_denominator, off_denominator = of_rollout(fact, on_tokens), of_demonstration(fact)
+        if fact["counts"] and given:
             behavior = torch.tensor(fact["behavior"])[:given] if "behavior" in fact else 0.0
-            loss = loss + weight * term(untempered[:given] - behavior, fact["advantage"]).sum() / denominator
+            loss = loss + w * term(untempered[:given] - behavior, fact["advantage"]).sum() / off_denominator
         if given == length:
             continue
         logps, old, entropies = logps[given:], old[given:], entropies[given:]
         ratio = (logps - old).exp()
-        loss = loss + on_policy_token_losses(loss_type, ratio, fact["advantage"], logps).sum() / denominator
+        policy_loss = on_policy_token_losses(loss_type, ratio, fact["advantage"], logps).sum() / on_denominator
+        loss = loss + (1 - w if complement else 1) * policy_loss
         if beta:
             ref = logps_and_entropies(ref_model, fact, temperature)[0].detach()[given:]
             # weighted by the ratio: GRPOConfig.use_bias_correction_kl, on by default
@@ -158,7 +196,7 @@ def perturb(model, seed=1, scale=0.02):
 
 def check(
     trainer, rows, loss_type, beta=0.0, entropy_coef=0.0, term=REGULARIZED, weight=1.0,
-    accumulation=1, temperature=1.0, **guidance,
+    accumulation=1, temperature=1.0, average="joint", complement=False, scaled=False, **guidance,
 ):  # fmt: skip
     model = trainer.model
     model.train()
@@ -166,6 +204,8 @@ def check(
     batch = [row for row in trainer.train_dataset for _ in range(GROUP)]
     inputs = trainer._prepare_inputs(batch)
     facts = whole_batch(trainer, model, rows, **guidance)
+    if scaled:
+        scale_by_group(facts)
     with torch.no_grad():
         old_logps = [logps_and_entropies(model, fact, temperature)[0] for fact in facts]
     perturb(model)  # ratios other than 1, so that clipping acts
@@ -178,7 +218,7 @@ def check(
     micro_batches = trainer.args.steps_per_generation
     expected = objective(
         model, trainer.ref_model, facts, old_logps, loss_type, beta, entropy_coef, micro_batches, term, weight,
-        temperature,
+        temperature, average, complement,
     )  # fmt: skip
     expected = expected / accumulation  # every micro-batch is that part of its step
     expected.backward()
@@ -289,6 +329,102 @@ def test_a_weight_that_fades(make_trainer, rows, schedule, weight):
     trainer = make_trainer(rows, demonstration_weight_schedule=schedule, **MISALIGNED)
     trainer.state.global_step, trainer.state.max_steps = 2, 8
     check(trainer, rows, "dr_grpo", weight=weight)
+
+
+# CHORD, AMPO and weights that follow success
+
+
+def scale_by_group(facts):
+    """Advantages over the standard deviation of the rewards that are compared, as GRPO's."""
+    for fact in facts:
+        group = [other for other in facts if other["prompt"] == fact["prompt"]]
+        rewards = [other["reward"] for other in group if not other["off_policy"] or other["counts"]]
+        fact["scaled"] = fact["advantage"] / (torch.tensor(rewards).std().item() + 1e-4)
+    for fact in facts:
+        fact["advantage"] = fact.pop("scaled")
+
+
+@pytest.mark.parametrize("average", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("ratio", [1.0, 0.5])
+def test_rollouts_and_demonstrations_averaged_apart(make_trainer, rows, loss_type, average, ratio):
+    options = {"demonstration_average": average, "demonstration_weight": 0.5, "prefix_max": ratio, **MISALIGNED}
+    trainer = make_trainer(rows, loss_type=loss_type, beta=0.1, entropy_coef=0.05, **options)
+    check(trainer, rows, loss_type, beta=0.1, entropy_coef=0.05, average=average, weight=0.5, ratio=ratio)
+
+
+CHORD = {
+    "advantage_baseline": "on_policy", "rollout_weight": "complement", "demonstration_average": "token",
+    "loss_type": "dapo",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("step", "mu"), [(0, 0.0), (1, 0.45), (2, 0.9), (4, 0.475), (6, 0.05), (7, 0.05)])
+def test_chord_with_its_mu(make_trainer, rows, step, mu):
+    """Eqs. 1 to 3: (1 - mu) L_GRPO + mu L_SFT, each a mean over its own tokens, mu by the authors' schedule."""
+    schedule = {
+        "demonstration_weight": 0.9, "demonstration_weight_schedule": "chord", "demonstration_weight_final": 0.05,
+        "demonstration_weight_warmup_steps": 2, "demonstration_weight_decay_steps": 4,
+    }  # fmt: skip
+    trainer = make_trainer(rows, demonstration_loss="sft", **CHORD, **schedule, **MISALIGNED)
+    trainer.state.global_step, trainer.state.max_steps = step, 10
+    check(trainer, rows, "dapo", term=sft, weight=mu, baseline="on_policy", average="token", complement=True)
+    assert trainer._metrics["train"]["groups/weight"] == pytest.approx([mu])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chord_with_its_phi(make_trainer, rows, temperature):
+    """Eqs. 3, 5 and 6: a small mu that stays, and tokens weighted by p (1 - p)."""
+    options = {"demonstration_loss": "chord_phi", "demonstration_weight": 0.1, "temperature": temperature}
+    trainer = make_trainer(rows, **options, **CHORD, **MISALIGNED)
+    check(
+        trainer, rows, "dapo", term=chord_phi, weight=0.1, baseline="on_policy", average="token", complement=True,
+        temperature=temperature,
+    )  # fmt: skip
+
+
+def test_ampos_objective_behind_the_gate(make_trainer, rows):
+    """Eqs. 6 and 7: demonstrations where no rollout is right, averaged by sequence, on advantages over the group."""
+    options = {"success_gate": 0.0, "scale_rewards": "group", "demonstration_average": "sequence", "loss_type": "dapo"}
+    trainer = make_trainer(solved_rows(rows), reward=sometimes_solved, **options, **MISALIGNED)
+    facts = check(
+        trainer, solved_rows(rows), "dapo", gate=0.0, reward=sometimes_solved, average="sequence", scaled=True
+    )
+    assert {fact["counts"] for fact in facts} == {True, False}
+
+
+def often_solved(prompts, completions, **kwargs) -> list[float]:
+    """By the first letter, in any group."""
+    return [r + (text[:1] > "M") for r, text in zip(letters_reward(completions), completions, strict=True)]
+
+
+@pytest.mark.parametrize("target", [1.0, 0.5])
+def test_a_weight_that_follows_the_groups_success(make_trainer, rows, target):
+    options = {"demonstration_weight_schedule": "group_success", "success_target": target, "demonstration_weight": 0.8}
+    trainer = make_trainer(rows, reward=often_solved, **options, **MISALIGNED)
+    seen = []
+
+    def weight(fact):
+        seen.append(0.8 * max(0.0, target - fact["success"]))
+        return seen[-1]
+
+    check(trainer, rows, "dr_grpo", reward=often_solved, weight=weight)
+    assert len(set(seen)) > 1
+
+
+def test_a_weight_that_follows_the_running_success(make_trainer, rows):
+    """CHORD's section 4.3, mu = max(0, target - success), with a memory: the rate is 0.5 before this generation."""
+    options = {"demonstration_weight_schedule": "success", "success_memory": 0.75, "rollout_weight": "complement"}
+    trainer = make_trainer(rows, reward=often_solved, **options, **MISALIGNED)
+    trainer._guidance.rate = 0.5
+
+    def weight(fact):
+        return 1 - trainer._guidance.rate
+
+    facts = check(trainer, rows, "dr_grpo", reward=often_solved, weight=weight, complement=True)
+    solved = [fact["reward"] >= 1 for fact in facts if not fact["off_policy"]]
+    assert 0 < sum(solved) < len(solved)
+    assert trainer._guidance.rate == pytest.approx(0.75 * 0.5 + 0.25 * sum(solved) / len(solved))
 
 
 def test_demonstration_weight_scales_the_off_policy_term(make_trainer, rows):

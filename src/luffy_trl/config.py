@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 import torch
 
 from .demonstrations.encoding import OVERFLOWS
-from .demonstrations.schedules import PREFIX_STRATEGIES, WEIGHT_SCHEDULES
+from .demonstrations.guidance import GuidanceConfig, check_name
+from .demonstrations.schedules import PREFIX_STRATEGIES
 from .demonstrations.sources import SOURCES, get_source_function, register_source
 from .hub.mixin import HubPushConfig
-from .objective import LOSS_TYPES
+from .objective import IMITATIONS, LOSS_TYPES
 from .padding.mixin import PaddingFreeConfig
 from .runs.best import choose_by_reward
 from .runs.budget import TokenBudgetConfig
@@ -19,11 +20,11 @@ from .shaping import get_shaping, register_shaping
 
 
 ADVANTAGE_BASELINES = ("group", "on_policy")
-DEMONSTRATION_LOSSES = ("importance_sampling", "sft")
+DEMONSTRATION_LOSSES = ("importance_sampling", *IMITATIONS)
 
 
 @dataclass
-class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, PaddingFreeConfig, HubPushConfig):
+class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, GuidanceConfig, PaddingFreeConfig, HubPushConfig):
     """
     Configuration of [`LuffyTrainer`]: every field of [`~trl.GRPOConfig`], and the ones below.
 
@@ -76,23 +77,12 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, PaddingFreeConfig, HubPus
     shaping_exponent: float = field(
         default=0.5, metadata={"help": "Exponent of 'power', above 0. Default 0.5. Other shapings do not use it."}
     )
-    demonstration_weight: float = field(
-        default=1.0,
-        metadata={"help": "Factor on the demonstrations' loss, 0 or above. Default 1.0, the paper's."},
-    )
-    demonstration_weight_schedule: str = field(
-        default="constant",
-        metadata={
-            "help": "How demonstration_weight changes over the run: 'constant', or a fall to 0, 'linear' or 'cosine'. "
-            "Default 'constant', the paper's."
-        },
-    )
     demonstration_loss: str = field(
         default="importance_sampling",
         metadata={
-            "help": "What trains the demonstrations' tokens: 'importance_sampling', -A f(r), or 'sft', -log pi "
-            "whatever their reward, which needs advantage_baseline='on_policy'. Default 'importance_sampling', the "
-            "paper's."
+            "help": "What trains the demonstrations' tokens: 'importance_sampling', -A f(r); or whatever their reward "
+            "'sft', -log pi, or 'chord_phi', -p (1 - p) log pi, CHORD's, which both need "
+            "advantage_baseline='on_policy'. Default 'importance_sampling', the paper's."
         },
     )
     success_gate: float | None = field(
@@ -224,12 +214,11 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, PaddingFreeConfig, HubPus
             self.demonstration_source = register_source(self.demonstration_source)
         if self.demonstration_source not in SOURCES:
             get_source_function(self.demonstration_source)
-        _check_name("loss_type", self.loss_type, LOSS_TYPES)
-        _check_name("demonstration_overflow", self.demonstration_overflow, OVERFLOWS)
-        _check_name("demonstration_loss", self.demonstration_loss, DEMONSTRATION_LOSSES)
-        _check_name("demonstration_weight_schedule", self.demonstration_weight_schedule, WEIGHT_SCHEDULES)
-        _check_name("prefix_strategy", self.prefix_strategy, PREFIX_STRATEGIES)
-        _check_name("advantage_baseline", self.advantage_baseline, ADVANTAGE_BASELINES)
+        check_name("loss_type", self.loss_type, LOSS_TYPES)
+        check_name("demonstration_overflow", self.demonstration_overflow, OVERFLOWS)
+        check_name("demonstration_loss", self.demonstration_loss, DEMONSTRATION_LOSSES)
+        check_name("prefix_strategy", self.prefix_strategy, PREFIX_STRATEGIES)
+        check_name("advantage_baseline", self.advantage_baseline, ADVANTAGE_BASELINES)
 
     def _check_ranges(self):
         for name in ("prefix_min", "prefix_max", "replay_ratio", "replay_start"):
@@ -238,8 +227,6 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, PaddingFreeConfig, HubPus
             _check_share("success_gate", self.success_gate)
         for name in ("shaping_gamma", "shaping_exponent"):
             _check_positive(name, getattr(self, name))
-        if not (math.isfinite(self.demonstration_weight) and self.demonstration_weight >= 0):
-            raise ValueError(f"demonstration_weight={self.demonstration_weight} must be a finite number, 0 or above.")
         if not math.isfinite(self.solved_threshold):
             raise ValueError(f"solved_threshold={self.solved_threshold} must be a finite number.")
         if self.replay_capacity < 1:
@@ -250,16 +237,16 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, PaddingFreeConfig, HubPus
     def _check_combinations(self):
         if self.prefix_min > self.prefix_max:
             raise ValueError(f"prefix_min={self.prefix_min} must not be above prefix_max={self.prefix_max}.")
-        if self.demonstration_loss == "sft" and self.advantage_baseline != "on_policy":
+        imitates = f"demonstration_loss={self.demonstration_loss!r}"
+        if self.demonstration_loss in IMITATIONS and self.advantage_baseline != "on_policy":
             raise ValueError(
-                f"demonstration_loss='sft' cannot be combined with advantage_baseline={self.advantage_baseline!r}: "
-                "demonstrations without an advantage of their own must not move the rollouts'. Set "
-                "advantage_baseline='on_policy'."
+                f"{imitates} cannot be combined with advantage_baseline={self.advantage_baseline!r}: demonstrations "
+                "without an advantage of their own must not move the rollouts'. Set advantage_baseline='on_policy'."
             )
-        if self.demonstration_loss == "sft" and self.skip_zero_advantages:
+        if self.demonstration_loss in IMITATIONS and self.skip_zero_advantages:
             raise ValueError(
-                "skip_zero_advantages=True cannot be combined with demonstration_loss='sft': demonstrations are "
-                "trained without an advantage there. Set it to False."
+                f"skip_zero_advantages=True cannot be combined with {imitates}: demonstrations are trained without an "
+                "advantage there. Set it to False."
             )
         if self.num_demonstrations == 0 and self.demonstration_source != "dataset":
             raise ValueError(
@@ -295,11 +282,6 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, PaddingFreeConfig, HubPus
                 "split between processes: raise gradient_accumulation_steps (or steps_per_generation) or "
                 "per_device_train_batch_size."
             )
-
-
-def _check_name(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
 
 
 def _check_share(name: str, value: float) -> None:

@@ -95,7 +95,7 @@ def token_sums(
 
 
 def cold_start_sums(
-    logps: torch.Tensor, pull: torch.Tensor, batch: Mapping[str, torch.Tensor], denominator: torch.Tensor
+    logps: torch.Tensor, pull: torch.Tensor, batch: Mapping[str, torch.Tensor], on: torch.Tensor, off: torch.Tensor
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """How much the rollouts of groups without a right one push down, for what their demonstrations pull up.
 
@@ -104,14 +104,15 @@ def cold_start_sums(
     Args:
         logps: of the policy, `(B, T)`, in nats.
         pull: a demonstration token's weight, without the factor of its row, `(B, T)`. A rollout's is its advantage.
-        batch: `completion_mask`, `off_policy_mask` `(B, T)`; `advantages`, `off_policy_weight`, `is_cold` `(B,)`.
-        denominator: what the loss divides a token's by, `(B, 1)`.
+        batch: `completion_mask`, `off_policy_mask` `(B, T)`; `advantages`, `on_policy_weight`, `off_policy_weight`,
+            `is_cold` `(B,)`.
+        on, off: what the loss divides a rollout token's and a demonstration token's by, `(B, 1)`.
     """
     cold, off_policy = batch["is_cold"].unsqueeze(1), batch["off_policy_mask"]  # (B, 1), (B, T)
     on_policy = batch["completion_mask"].bool() & ~off_policy  # (B, T)
-    room = (1 - logps.exp()) / denominator  # (B, T)
-    push = -batch["advantages"].unsqueeze(1).clamp(max=0.0)  # (B, 1)
-    pull = batch["off_policy_weight"].unsqueeze(1) * pull.clamp(min=0.0)  # (B, T)
+    room = 1 - logps.exp()  # (B, T)
+    push = -(batch["on_policy_weight"] * batch["advantages"]).unsqueeze(1).clamp(max=0.0) / on  # (B, 1)
+    pull = batch["off_policy_weight"].unsqueeze(1) * pull.clamp(min=0.0) / off  # (B, T)
     return {"groups/push_to_pull": (_sum(push * room, on_policy & cold), _sum(pull * room, off_policy & cold))}
 
 

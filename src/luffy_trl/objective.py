@@ -7,13 +7,16 @@ Mixed-policy GRPO (LUFFY, arXiv 2504.14945, section 3) of a group of rollouts (o
            + what TRL adds for rollouts alone: KL, entropy bonus, each averaged as TRL averages it
 
 D is TRL's denominator for the `loss_type` (`token_denominator`), counted over the tokens of both; w is 1 in the paper.
-With `demonstration_loss="sft"` -log pi_theta takes the place of -A f(r). Of a completion that begins with a
-demonstration and is continued by the policy, the first part is a demonstration's tokens, the rest a rollout's.
+With `demonstration_loss="sft"` -log pi_theta takes the place of -A f(r), with "chord_phi" -p (1 - p) log pi_theta. Of
+a completion that begins with a demonstration and is continued by the policy, the first part is a demonstration's
+tokens, the rest a rollout's. With a `demonstration_average` each sum is divided by a D of its own, and with
+`rollout_weight="complement"` the first one counts 1 - w times.
 
 The first sum is TRL's code, which is shown the rollouts' tokens alone (`hide_demonstrations`); nothing of it is
 written again here.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +59,28 @@ def off_policy_loss(
     return -advantages * get_shaping(shaping)(log_ratio, gamma, exponent)
 
 
+def chord_phi_loss(logps: torch.Tensor) -> torch.Tensor:
+    """CHORD's loss of each demonstration token (arXiv 2508.11408, Eqs. 5 and 6): -phi log pi, with phi = p (1 - p).
+
+    phi has no gradient of its own, as in the authors' code: the weight on grad log pi is phi itself, which is greatest
+    where the policy is undecided.
+
+    Args:
+        logps: `(B, T)`, in nats.
+    """
+    fixed = logps.detach()
+    return fixed.exp() * torch.expm1(fixed) * logps  # p (p - 1) log p
+
+
+def sft_loss(logps: torch.Tensor) -> torch.Tensor:
+    """-log pi of each token, of the same shape."""
+    return -logps
+
+
+# What `demonstration_loss` can be beside -A f(r): losses that look at no reward
+IMITATIONS = {"sft": sft_loss, "chord_phi": chord_phi_loss}
+
+
 def demonstration_term(
     per_token_loss: torch.Tensor, off_policy_mask: torch.Tensor, weights: torch.Tensor, denominator: torch.Tensor
 ) -> torch.Tensor:
@@ -65,15 +90,13 @@ def demonstration_term(
         per_token_loss: `(B, T)`, of any value where there is no demonstration.
         off_policy_mask: True on the demonstrations' tokens, `(B, T)`.
         weights: `(B,)`, w of each row.
-        denominator: `(B, 1)`, of `token_denominator`.
+        denominator: `(B, 1)`, of `denominators`.
     """
     weighted = (weights.unsqueeze(1) * per_token_loss).masked_fill(~off_policy_mask, 0.0)  # (B, T)
     return (weighted / denominator).sum()
 
 
-def hide_demonstrations(
-    batch: dict[str, Any], seen_denominator: torch.Tensor, whole_denominator: torch.Tensor
-) -> dict[str, Any]:
+def hide_demonstrations(batch: dict[str, Any], factor: torch.Tensor) -> dict[str, Any]:
     """The micro-batch as TRL's loss should see it: demonstrations are context, nothing of them is trained.
 
     TRL's `tool_mask` means just that, tokens that the policy did not sample: clipping, KL, entropy bonus and
@@ -83,14 +106,13 @@ def hide_demonstrations(
 
     Args:
         batch: TRL's keys, and `off_policy_mask` `(B, T)`. It is not changed.
-        seen_denominator, whole_denominator: `(B, 1)`, of `token_denominator` over the rollouts' tokens, and over all.
-            Where TRL averages over the tokens that it sees, scaling the advantages by their ratio, which is never
-            negative, makes that an average over all: each of TRL's policy losses is proportional to the advantage's
+        factor: `(B, 1)`, on the rollouts' policy loss, never negative: what TRL divides by, over what the loss is to
+            be divided by, times the rollouts' weight. Each of TRL's policy losses is proportional to the advantage's
             size. (KL and entropy bonus are not: they stay averages over the rollouts' tokens.)
     """
     off_policy_mask = batch["off_policy_mask"]  # (B, T)
     hidden = {**batch, "tool_mask": (~off_policy_mask).long()}
-    hidden["advantages"] = batch["advantages"].unsqueeze(1) * (seen_denominator / whole_denominator)  # (B, 1)
+    hidden["advantages"] = batch["advantages"].unsqueeze(1) * factor  # (B, 1)
     for key, harmless in (("old_per_token_logps", 0.0), ("ref_per_token_logps", BELOW_ALL_LOGPS)):
         if key in batch:
             hidden[key] = batch[key].masked_fill(off_policy_mask, harmless)
@@ -101,7 +123,11 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "lusp
 
 
 def token_denominator(
-    loss_type: str, mask: torch.Tensor, max_completion_length: int, mean_tokens: torch.Tensor | float
+    loss_type: str,
+    mask: torch.Tensor,
+    max_completion_length: int,
+    mean_tokens: torch.Tensor | float,
+    rows: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
     """What TRL divides a token's loss by in a micro-batch, before gradient accumulation.
 
@@ -110,6 +136,7 @@ def token_denominator(
         mask: True on the tokens that count, `(B, T)`.
         max_completion_length: in tokens; the constant length of "dr_grpo" (arXiv 2503.20783).
         mean_tokens: tokens of a micro-batch on average, over a whole generation; used by "dapo", "cispo" and "vespo".
+        rows: of a micro-batch that count, for the types that average over rows. None: all of `mask`.
 
     Returns:
         `(B, 1)`; the same value in each row except for the types that average within a row first.
@@ -118,16 +145,69 @@ def token_denominator(
         ValueError: if the loss type is none of TRL's.
     """
     batch_size = mask.size(0)
+    rows = torch.as_tensor(batch_size if rows is None else rows, dtype=torch.float32, device=mask.device)
     if loss_type in ("grpo", "sapo"):  # mean over a row's tokens, then over rows
-        return mask.sum(-1, keepdim=True).clamp(min=1.0) * batch_size
+        return mask.sum(-1, keepdim=True).clamp(min=1.0) * rows
     elif loss_type == "bnpo":  # mean over the micro-batch's tokens
         denominator = mask.sum().clamp(min=1.0)
     elif loss_type == "dr_grpo":  # a constant: no length bias
-        denominator = torch.tensor(float(batch_size * max_completion_length), device=mask.device)
+        denominator = rows * max_completion_length
     elif loss_type == "luspo":  # sum over a row's tokens, mean over rows
-        denominator = torch.tensor(float(batch_size), device=mask.device)
+        denominator = rows
     elif loss_type in ("cispo", "dapo", "vespo"):  # mean over the tokens of a generation
         denominator = torch.as_tensor(mean_tokens, dtype=torch.float32, device=mask.device)
     else:
         raise ValueError(f"Unknown loss_type {loss_type!r}. Known are {', '.join(map(repr, LOSS_TYPES))}.")
     return denominator.expand(batch_size, 1)
+
+
+def items_in_batch(given: torch.Tensor, written: torch.Tensor, counts: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tokens and rows of rollouts, and of the demonstrations that count, in a generation: one number each.
+
+    Args:
+        given, written: tokens of each row that are a demonstration's, and all that are trained, `(N,)`.
+        counts: `(N,)`, rows whose demonstration counts.
+    """
+    off = torch.minimum(given, written) * counts  # (N,)
+    on = (written - given).clamp(min=0)  # (N,)
+    return {
+        "on_policy_tokens": on.sum(),
+        "on_policy_rows": ((given == 0) | (on > 0)).sum(),  # as TRL, with those that are masked for their length
+        "off_policy_tokens": off.sum(),
+        "off_policy_rows": (off > 0).sum(),
+    }
+
+
+def denominators(
+    batch: dict[str, torch.Tensor],
+    loss_type: str,
+    average: str,
+    max_completion_length: int,
+    mean_tokens: torch.Tensor | float,
+    micro_batches: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What TRL divides a rollout token's loss by, and what that and a demonstration token's are to be divided by.
+
+    Args:
+        batch: `completion_mask` and `off_policy_mask` `(B, T)`; unless the average is "joint", also `items_in_batch`.
+        average: "joint", both by D of all tokens, LUFFY's; else the rollouts by D of the rollouts, as in CHORD (arXiv
+            2508.11408, Eqs. 1 to 3) and AMPO (arXiv 2510.02227, Eq. 7), and the demonstrations by their number of
+            tokens, "token", CHORD's, or each by its own number of tokens and all by their number, "sequence", AMPO's.
+        mean_tokens: of all rows, as for `token_denominator`.
+        micro_batches: of all processes that share a generation.
+
+    Returns:
+        Three of `(B, 1)`.
+    """
+    mask, off_policy = batch["completion_mask"].bool(), batch["off_policy_mask"]  # (B, T)
+    divided_by = partial(token_denominator, loss_type, max_completion_length=max_completion_length)
+    seen = divided_by(mask & ~off_policy, mean_tokens=mean_tokens)
+    if average == "joint":
+        whole = divided_by(mask, mean_tokens=mean_tokens)
+        return seen, whole, whole
+    # Where there is nothing to average, any positive number will do
+    tokens, rows = (batch[key].clamp(min=1) / micro_batches for key in ("on_policy_tokens", "on_policy_rows"))
+    on = divided_by(mask & ~off_policy, mean_tokens=tokens, rows=rows)
+    tokens, rows = (batch[key].clamp(min=1) / micro_batches for key in ("off_policy_tokens", "off_policy_rows"))
+    like = {"token": "dapo", "sequence": "grpo"}[average]
+    return seen, on, token_denominator(like, off_policy, max_completion_length, tokens, rows)

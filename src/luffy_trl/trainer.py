@@ -34,6 +34,7 @@ from .checks import (
 )
 from .config import LuffyConfig
 from .demonstrations.encoding import ROW_COLUMN, DemonstrationEncoder, without_demonstrations
+from .demonstrations.guidance import Guidance, progress
 from .demonstrations.placement import (
     Generation,
     behavior_logps,
@@ -42,11 +43,18 @@ from .demonstrations.placement import (
     merge_completions,
     off_policy_mask,
 )
-from .demonstrations.schedules import prefix_ratio, weight_factor
+from .demonstrations.schedules import prefix_ratio
 from .demonstrations.sources import DemonstrationSource, NoSource, open_source, remember_solved
 from .hub.mixin import HubPushMixin
 from .metrics import ColdStart, Means, Stopwatch, cold_start_sums, group_metrics, length_sums, source_sums, token_sums
-from .objective import demonstration_term, hide_demonstrations, off_policy_loss, token_denominator
+from .objective import (
+    IMITATIONS,
+    demonstration_term,
+    denominators,
+    hide_demonstrations,
+    items_in_batch,
+    off_policy_loss,
+)
 from .padding.mixin import PaddingFreeMixin
 from .rewards.checked import checked
 from .runs.best import BestByRewardMixin
@@ -92,7 +100,7 @@ class LuffyTrainer(
     - `_compute_loss`: shows TRL the rollouts' tokens alone, and adds the demonstrations' term;
     - `_get_per_token_logps_and_entropies`: nothing; keeps the loss's forward pass for that term;
     - `log`: adds `on_policy/*`, `off_policy/*` and `groups/*`;
-    - `_save_own_state`, `_load_own_state`: the replay buffer goes into checkpoints;
+    - `_save_own_state`, `_load_own_state`: replay buffer and success rate go into checkpoints;
     - `_recipe`, `_resumed_with`: the model card gives the fields that were given, and what a resumption changed.
 
     Its parents know nothing of LUFFY: [`~luffy_trl.padding.mixin.PaddingFreeMixin`] leaves out padding,
@@ -106,7 +114,7 @@ class LuffyTrainer(
     | key | shape | what | read by |
     | --- | --- | --- | --- |
     | `off_policy_mask` | (B, T) bool | True on a demonstration's tokens. (TRL has a method's local of that name, which is True on tokens to keep.) | the loss, metrics |
-    | `off_policy_weight` | (B,) | factor on the demonstrations' loss: weight, schedule and gate | the loss |
+    | `off_policy_weight`, `on_policy_weight` | (B,) | factors on demonstrations' loss (weight, schedule, gate), and rollouts' | the loss |
     | `is_cold` | (B,) bool | True in groups without a right rollout | metrics |
     | `behavior_logps` | (B, T) | log-probs of who wrote them, 0 where unknown; only where a source gives any | the loss, metrics |
     | `row_to_remember` | (B,) | the dataset's row of a solved rollout, else -1; only with replay | `remember_solved` |
@@ -168,6 +176,7 @@ class LuffyTrainer(
         self._means = Means(partial(self.accelerator.reduce, reduction="sum"), self.accelerator.device)
         self._stopwatch, self._cold_start = Stopwatch(), ColdStart()
         self._source: DemonstrationSource = NoSource()
+        self._guidance = Guidance(args)
         if self.num_demonstrations > 0:
             check_eos(self._tokenizer)
             self._source, self.train_dataset = self._open_source(self.train_dataset)
@@ -188,8 +197,9 @@ class LuffyTrainer(
         mask = output["completion_mask"].bool()  # (B, T)
         lengths = demonstration_lengths(placed, mask.device)  # (B,)
         # Of a row with a prefix the rest is the policy's, but it is no rollout of the prompt alone
-        facts = torch.stack([lengths > 0, lengths < mask.sum(1)], dim=1)  # (B, 2)
-        has_demonstration, is_continued = self.accelerator.gather(facts).unbind(1)  # (N,), rows of all processes
+        facts = torch.stack([lengths, mask.sum(1)], dim=1)  # (B, 2)
+        given, written = self.accelerator.gather(facts).unbind(1)  # (N,), rows of all processes
+        has_demonstration, is_continued = given > 0, given < written
         per_func = generation.rewards_per_func  # (N, F)
         rewards = total_rewards(per_func, self.reward_weights)  # (N,)
         judged = rewards if self._deciding is None else per_func[:, self._deciding]  # (N,)
@@ -198,8 +208,9 @@ class LuffyTrainer(
 
         if self.num_demonstrations > 0:
             output["off_policy_mask"] = off_policy_mask(lengths, mask)
-            factor = weight_factor(args.demonstration_weight_schedule, self._progress())
-            output["off_policy_weight"] = self._own(outcome.counts) * (args.demonstration_weight * factor)
+            off, on = self._guidance.weigh(outcome.solved, has_demonstration, self.state)  # (N,)
+            output["off_policy_weight"], output["on_policy_weight"] = self._own(outcome.counts * off), self._own(on)
+            output |= items_in_batch(given, written, outcome.counts)
             output["is_cold"] = self._own(outcome.is_cold)
             if args.advantage_baseline == "on_policy" or args.success_gate is not None:
                 output["advantages"] = self._credited(output["advantages"], per_func, outcome, is_continued)
@@ -215,7 +226,8 @@ class LuffyTrainer(
         """The generation under way, with this process's demonstrations in their places."""
         args = self.args
         placement = self._source.place(inputs, self.num_generations, self.num_demonstrations)
-        ratio = partial(prefix_ratio, args.prefix_strategy, self._progress(), args.prefix_min, args.prefix_max)
+        done = progress(self.state)
+        ratio = partial(prefix_ratio, args.prefix_strategy, done, args.prefix_min, args.prefix_max)
         cut = cut_to_prefixes(placement.demonstrations, self.num_generations, ratio, args.prefix_shared)
         self._generation = Generation(dataclasses.replace(placement, demonstrations=cut))
         try:
@@ -272,7 +284,7 @@ class LuffyTrainer(
         """
         # An SFT loss does not look at a demonstration's reward, but what the policy made of its beginning is graded
         args = self.args
-        graded = is_continued | (args.demonstration_loss != "sft")
+        graded = is_continued | (args.demonstration_loss == "importance_sampling")
         if self.multi_objective_aggregation == "normalize_then_sum":
             credited = credit_each(per_func, self.reward_weights, outcome, args.advantage_baseline, graded)
         else:
@@ -296,10 +308,6 @@ class LuffyTrainer(
         """This process's part of one value a row of all processes: (N,) -> (B,)."""
         return values.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
 
-    def _progress(self) -> float:
-        """The share of the run's optimizer steps that are done."""
-        return self.state.global_step / max(self.state.max_steps, 1)
-
     # 2. The loss of a micro-batch: TRL's on the rollouts' tokens, and one term more
 
     def _compute_loss(self, model, inputs):
@@ -312,16 +320,17 @@ class LuffyTrainer(
             self._log_tokens(logps.detach(), entropies.detach(), inputs, {})
             return loss
 
-        mask, off_policy = inputs["completion_mask"].bool(), inputs["off_policy_mask"]  # (B, T)
-        seen, whole = self._denominator(inputs, mask & ~off_policy), self._denominator(inputs, mask)  # (B, 1)
+        off_policy = inputs["off_policy_mask"]  # (B, T)
+        seen, on, off = self._denominators(inputs)  # (B, 1)
+        factor = seen / on * inputs["on_policy_weight"].unsqueeze(1)  # (B, 1)
         with self._keeping_forward() as forward, self._at_one(inputs):
-            loss = super()._compute_loss(model, hide_demonstrations(inputs, seen, whole))
+            loss = super()._compute_loss(model, hide_demonstrations(inputs, factor))
         logps, entropies = forward  # (B, T)
         shown = logps.masked_fill(~off_policy, 0.0)  # (B, T)
         per_token_loss = self._demonstration_loss(shown, inputs)  # (B, T)
-        term = demonstration_term(per_token_loss, off_policy, inputs["off_policy_weight"], whole)
+        term = demonstration_term(per_token_loss, off_policy, inputs["off_policy_weight"], off)
         [gradient] = torch.autograd.grad(per_token_loss.sum(), shown, retain_graph=True)  # (B, T), of these alone
-        sums = cold_start_sums(logps.detach(), -gradient, inputs, whole)
+        sums = cold_start_sums(logps.detach(), -gradient, inputs, on, off)
         self._log_tokens(logps.detach(), entropies.detach(), inputs, sums | {"off_policy/loss": (term.detach(), 1.0)})
         if self._source.uses_rollouts:
             remember_solved(self._source, inputs, logps.detach(), entropies.detach())
@@ -330,22 +339,17 @@ class LuffyTrainer(
     def _demonstration_loss(self, logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """Loss of each token as if it were a demonstration's, `(B, T)`."""
         args = self.args
-        if args.demonstration_loss == "sft":
-            return -logps
-        return off_policy_loss(
-            logps,
-            inputs["advantages"],
-            shaping=args.shaping,
-            gamma=args.shaping_gamma,
-            exponent=args.shaping_exponent,
-            behavior_logps=inputs.get("behavior_logps"),
-        )
+        if args.demonstration_loss in IMITATIONS:
+            return IMITATIONS[args.demonstration_loss](logps)
+        constants = (args.shaping, args.shaping_gamma, args.shaping_exponent)
+        return off_policy_loss(logps, inputs["advantages"], *constants, inputs.get("behavior_logps"))
 
-    def _denominator(self, inputs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
+    def _denominators(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # TRL's `num_items_in_batch` counts the tokens of all micro-batches and processes of a generation
         micro_batches = self.accelerator.num_processes * self.args.steps_per_generation
         mean_tokens = inputs["num_items_in_batch"].clamp(min=1.0) / micro_batches
-        return token_denominator(self.loss_type, mask, self.max_completion_length, mean_tokens)
+        how = (self.loss_type, self.args.demonstration_average, self.max_completion_length)
+        return denominators(inputs, *how, mean_tokens, micro_batches)
 
     @contextmanager
     def _keeping_forward(self) -> Iterator[list[torch.Tensor]]:
@@ -370,7 +374,7 @@ class LuffyTrainer(
         if self.num_demonstrations > 0:
             sums |= source_sums(placement, self._source.metrics(), processes)
         self._means.add(sums)
-        for name, value in group_metrics(outcome).items():
+        for name, value in (group_metrics(outcome) | self._guidance.metrics).items():
             if name != "groups/gate_open" or self.args.success_gate is not None:
                 self._metrics["train"][name].append(value)
         messages = first_generation_warnings(outcome) if self.state.global_step == 0 else []
@@ -416,9 +420,12 @@ class LuffyTrainer(
         return source, prepared
 
     def _save_own_state(self, checkpoint: Path) -> None:
+        if self.is_world_process_zero():
+            self._guidance.save(checkpoint)
         self._source.save(checkpoint, self.accelerator.process_index, self.accelerator.num_processes)
 
     def _load_own_state(self, checkpoint: Path) -> None:
+        self._guidance.load(checkpoint)
         self._source.load(checkpoint, self.accelerator.process_index, self.accelerator.num_processes)
 
     def _resumed_with(self, overruled: Mapping[str, Any], told: list[str]) -> None:

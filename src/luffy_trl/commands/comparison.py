@@ -1,4 +1,7 @@
-"""The methods that are compared with each other: one trainer, one set of flags each, on tiny models."""
+"""A method's stage in this process, on a tiny model: the demo's and the learning benchmark's runs.
+
+`luffy-trl compare` runs the same stages as commands of their own. Here a run takes less time than a command's imports.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from ..comparing.methods import Stage
 from ..config import LuffyConfig
 from ..tasks.letter_walk import letter_walk_reward
 from ..trainer import LuffyTrainer
@@ -15,19 +19,9 @@ from ..trainer import LuffyTrainer
 
 PROMPTS_PER_STEP, GROUP_SIZE = 8, 8
 
-# Method -> the fields of LuffyConfig in which it differs from LUFFY. SFT is TRL's SFTTrainer.
-METHODS: dict[str, dict[str, Any]] = {
-    "GRPO": {"num_demonstrations": 0},  # TRL's, bit for bit
-    "mixed policy": {"shaping": "identity"},
-    "LUFFY": {},
-    "RL + SFT loss": {"demonstration_loss": "sft", "advantage_baseline": "on_policy"},
-    "prefixes": {"prefix_strategy": "uniform"},
-    "success gate": {"success_gate": 0.0},
-}
-
 
 def make_trainer(
-    method: str,
+    stage: Stage,
     base: str | Path,
     train_dataset: Dataset,
     output_dir: str | Path,
@@ -39,12 +33,9 @@ def make_trainer(
     reward: Callable = letter_walk_reward,
     **flags: Any,
 ) -> LuffyTrainer | SFTTrainer:
-    """A trainer of the method on the CPU, quiet, with a constant learning rate; `flags` are more of its fields.
+    """A trainer of the stage on the CPU, quiet, with a constant learning rate; `flags` are more of its fields.
 
     SFT takes one demonstration a prompt, and as many prompts a step as the others; prompts without one are left out.
-
-    Raises:
-        KeyError: if there is no such method.
     """
     common: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -61,10 +52,10 @@ def make_trainer(
     }
     tokenizer = AutoTokenizer.from_pretrained(base)
     trainer: LuffyTrainer | SFTTrainer
-    if method == "SFT":
+    if stage.command == "sft":
         trainer = SFTTrainer(
             str(base),
-            args=SFTConfig(per_device_train_batch_size=PROMPTS_PER_STEP, **common, **flags),
+            args=SFTConfig(per_device_train_batch_size=PROMPTS_PER_STEP, **(common | dict(stage.fields) | flags)),
             train_dataset=train_dataset.filter(lambda row: row["completion"] is not None),
             processing_class=tokenizer,
             callbacks=callbacks,
@@ -78,7 +69,7 @@ def make_trainer(
         trainer = LuffyTrainer(
             str(base),
             reward,
-            LuffyConfig(**(common | fields | METHODS[method] | flags)),
+            LuffyConfig(**(common | fields | dict(stage.fields) | flags)),
             train_dataset=train_dataset,
             processing_class=tokenizer,
             callbacks=callbacks,

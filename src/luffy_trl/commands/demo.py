@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, logging
 
+from ..comparing.methods import Method, chosen, known_methods
 from ..reporting.tables_and_curves import plot_curves, text_table
 from ..tasks.letter_walk import MAX_COMPLETION_LENGTH, STEP_BY_STEP, distinct_walks, split_walks, to_dataset
 from ..tasks.letter_walk_base import accuracy, load_or_pretrain
@@ -22,7 +23,7 @@ from .report import MOST_COMPLETIONS, PAGE, report
 EASIER, TRAINED, HARDER = 3, 5, 7  # letters of a walk
 LEARNING_RATE = 1e-4  # of every method; 3e-4 works for RL too, 1e-3 destroys the model
 TEST_SIZE = 512
-TRAINED_METHODS = ("GRPO", "LUFFY", "SFT")
+TRAINED_METHODS = ("grpo", "luffy", "sft")
 PROBE_SIZE, PROBE_EVERY, LOG_EVERY, PRINT_EVERY = 128, 5, 5, 20
 DEMO_PANELS = {
     "reward": ("reward of sampled answers", "linear"),
@@ -75,7 +76,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, steps: int = 100) -> dict[st
     def measure(model: PreTrainedModel) -> dict[str, float]:
         return {f"accuracy_{length}": accuracy(model, tokenizer, walks) for length, walks in tests.items()}
 
-    base_model = AutoModelForCausalLM.from_pretrained(base)
+    base_model, curves = AutoModelForCausalLM.from_pretrained(base), {}
     results: dict[str, dict[str, float]] = {"base": measure(base_model)}
     print(
         f"     accuracy {accuracy(base_model, tokenizer, tests[TRAINED], STEP_BY_STEP):.3f} when told to go step by "
@@ -84,12 +85,12 @@ def run_demo(output_dir: str | Path, seed: int = 0, steps: int = 100) -> dict[st
     )
 
     print(f"2/3  Training GRPO, LUFFY and SFT from it, {steps} steps each", flush=True)
-    curves = {}
-    for name in TRAINED_METHODS:
-        callback = Probe(tokenizer, splits["test"][TEST_SIZE:], PROBE_EVERY, report=partial(_print_step, name))
-        model, seconds = _train(name, base, to_dataset(splits["train"]), output_dir, seed, steps, callback)
-        results[name] = measure(model) | {"seconds": seconds}
-        curves[name] = callback.curves
+    for method in chosen(TRAINED_METHODS, known_methods()):
+        told = partial(_print_step, method.label)
+        callback = Probe(tokenizer, splits["test"][TEST_SIZE:], PROBE_EVERY, report=told)
+        model, seconds = _train(method, base, to_dataset(splits["train"]), output_dir, seed, steps, callback)
+        results[method.label] = measure(model) | {"seconds": seconds}
+        curves[method.label] = callback.curves
 
     print("3/3  The saved LUFFY model, loaded again", flush=True)
     loaded = measure(AutoModelForCausalLM.from_pretrained(output_dir / "luffy"))
@@ -108,27 +109,28 @@ def run_demo(output_dir: str | Path, seed: int = 0, steps: int = 100) -> dict[st
 
 
 def _train(
-    name: str, base: Path, dataset: datasets.Dataset, output_dir: Path, seed: int, steps: int, probe: Probe
+    method: Method, base: Path, dataset: datasets.Dataset, output_dir: Path, seed: int, steps: int, probe: Probe
 ) -> tuple[PreTrainedModel, float]:
     """The model that a method makes of the base, saved with its card, and the seconds of its training."""
-    directory = output_dir / name.lower()
-    kept: dict[str, Any] = {} if name == "SFT" else {"log_completions": True, "num_completions_to_print": 0}
+    directory, [stage] = output_dir / method.name, method.stages
+    is_rl = stage.command == "train"
+    kept: dict[str, Any] = {"log_completions": True, "num_completions_to_print": 0} if is_rl else {}
     trainer = make_trainer(
-        name, base, dataset, directory, seed, steps, LEARNING_RATE, [probe], MAX_COMPLETION_LENGTH,
+        stage, base, dataset, directory, seed, steps, LEARNING_RATE, [probe], MAX_COMPLETION_LENGTH,
         logging_steps=LOG_EVERY, **kept,
     )  # fmt: skip
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start - probe.seconds
     trainer.save_model()
-    trainer.create_model_card(model_name=f"letter-walk-{name}")
+    trainer.create_model_card(model_name=f"letter-walk-{method.label}")
     trainer.save_state()  # the logs, for the report
     return trainer.model, seconds
 
 
 def _report(output_dir: Path) -> Path:
     """The page of this demo's runs, without those of an earlier one in the same directory."""
-    directories = [output_dir / name.lower() for name in TRAINED_METHODS]
+    directories = [output_dir / name for name in TRAINED_METHODS]
     report(directories, output_dir / "report", MOST_COMPLETIONS, latest=True)
     return output_dir / "report" / PAGE
 

@@ -24,6 +24,7 @@ from transformers import (
     logging,
 )
 
+from ..comparing.methods import known_methods
 from ..data.loading import load_splits
 from ..data.writing import all_or_nothing
 from ..reporting.tables_and_curves import text_table
@@ -174,17 +175,15 @@ def run_lm_demo(
 
     print(f"2/4  {WARM_STEPS} steps of SFT, so that it is right now and then (a minute)", flush=True)
     progress = Progress({"loss": "loss"}, every=5)
-    warm = _trained("SFT", base, splits["warm"], output_dir / "sft", seed, WARM_STEPS, WARM_RATE, progress)
+    warm = _trained("sft", base, splits["warm"], output_dir / "sft", seed, WARM_STEPS, WARM_RATE, progress)
     results["SFT"] = _measured(warm, splits["test"])
 
     print(f"3/4  {steps} steps of LUFFY on other sums ({steps / 4:.0f} minutes on two idle cores)", flush=True)
-    progress = Progress(
-        {"on_policy/reward": "its answers right", "off_policy/prob": "demonstrations' tokens"}, every=2
-    )
+    titles = {"on_policy/reward": "its answers right", "off_policy/prob": "demonstrations' tokens"}
+    progress = Progress(titles, every=4)
     luffy = _trained(
-        "LUFFY", warm, splits["train"], output_dir / "luffy", seed, steps, RATE, progress,
-        per_device_train_batch_size=ROWS, advantage_baseline="on_policy", log_completions=True,
-        num_completions_to_print=0,
+        "luffy_on_policy", warm, splits["train"], output_dir / "luffy", seed, steps, RATE, progress,
+        per_device_train_batch_size=ROWS, log_completions=True, num_completions_to_print=0,
     )  # fmt: skip
     print("4/4  The saved model, loaded again", flush=True)
     results["LUFFY"] = _measured(luffy, splits["test"])
@@ -205,9 +204,10 @@ def _trained(
     method: str, base: Path, rows: Dataset, directory: Path, seed: int, steps: int, rate: float, progress: Progress,
     **fields: Any,
 ) -> Path:  # fmt: skip
-    """The directory of the model that a method makes of the base, its tokenizer and its logs beside it."""
+    """The directory of the model that a method of `compare` makes of the base; tokenizer and logs lie beside it."""
+    [stage] = known_methods()[method].stages
     trainer = make_trainer(
-        method, base, rows, directory, seed, steps, rate, [progress], ANSWER_TOKENS,
+        stage, base, rows, directory, seed, steps, rate, [progress], ANSWER_TOKENS,
         reward=reasoning_gym_reward, logging_steps=1, **fields,
     )  # fmt: skip
     trainer.train()

@@ -32,7 +32,7 @@ from ..runs.manifest import CannotResumeError
 from ..runs.mixin import WholeCheckpointMixin
 from ..runs.stopping import RunStopped, StopAtStep
 from ..tasks.gym import is_gym_task
-from ..tasks.gym_reward import reasoning_gym_reward
+from ..tasks.gym_reward import reasoning_gym_reward, reasoning_gym_solved_reward
 from ..tasks.letter_walk import letter_walk_reward, split_walks, to_dataset
 from ..tasks.letter_walk_base import load_or_pretrain
 from .adapters import refuse_adapter
@@ -54,6 +54,7 @@ REWARD_FUNCS: dict[str, Callable] = {
     "think_format_reward": think_format_reward,
     "letter_walk_reward": letter_walk_reward,
     "reasoning_gym_reward": reasoning_gym_reward,
+    "reasoning_gym_solved_reward": reasoning_gym_solved_reward,
 }
 
 
@@ -80,7 +81,9 @@ class LuffyScriptArguments(ScriptArguments):
         metadata={
             "help": "One or more reward functions, summed: 'math_reward', 'math_reward_optional_thought' (without the "
             "need of a '</think>'), 'choice_reward', 'format_reward', 'accuracy_reward', 'reasoning_accuracy_reward', "
-            "'think_format_reward' (TRL's), 'letter_walk_reward', 'reasoning_gym_reward', or a dotted path such as "
+            "'think_format_reward' (TRL's), 'letter_walk_reward', 'reasoning_gym_reward', "
+            "'reasoning_gym_solved_reward', "
+            "or a dotted path such as "
             "my_rewards.my_function, found from the working directory. Needed for every dataset but the embedded one "
             "and reasoning-gym's."
         },

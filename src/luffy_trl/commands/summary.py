@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..config import LuffyConfig
 from ..demonstrations.encoding import DROPPED_COLUMN, TRUNCATED_COLUMN, USABLE_COLUMN
 from ..demonstrations.sources import SOURCES
+from ..objective import IMITATIONS
 from ..reporting.panels import evaluation_rewards
 from ..trainer import LuffyTrainer
 from .inputs import EMBEDDED_TASK
@@ -165,8 +166,8 @@ def batch_arithmetic(args: LuffyConfig, processes: int) -> str:
 
 def off_policy(args: LuffyConfig, has_behavior_logps: bool) -> str:
     """The demonstrations' part of the objective, and what of it is not as in the paper."""
-    if args.demonstration_loss == "sft":
-        parts = ["loss -log pi"]
+    if args.demonstration_loss in IMITATIONS:
+        parts = ["loss -log pi" if args.demonstration_loss == "sft" else "loss -p (1 - p) log pi"]
     else:
         constant = {"regularized": f", gamma {args.shaping_gamma:g}", "power": f", exponent {args.shaping_exponent:g}"}
         behavior = "from the data's log-probs" if has_behavior_logps else "1"
@@ -177,6 +178,10 @@ def off_policy(args: LuffyConfig, has_behavior_logps: bool) -> str:
         parts.append(f"from {args.demonstration_source}")
     if args.demonstration_weight != 1 or args.demonstration_weight_schedule != "constant":
         parts.append(f"weight {args.demonstration_weight:g} {args.demonstration_weight_schedule}")
+    if args.rollout_weight == "complement":
+        parts.append("rollouts weigh 1 less that")
+    if args.demonstration_average != "joint":
+        parts.append(f"averaged apart, by {args.demonstration_average}")
     if args.prefix_strategy != "fixed" or args.prefix_max < 1:
         parts.append(f"prefixes {args.prefix_strategy}, {args.prefix_min:g} to {args.prefix_max:g} of the tokens")
     if args.success_gate is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ class Method:
     name: str
     label: str
     stages: tuple[Stage, ...]
+
+
+def stage_steps(stages: Sequence[Stage], steps: int) -> list[int]:
+    """Optimizer steps of each stage, rounded, so that they add up."""
+    shares = [stage.share for stage in stages]
+    ends = [0, *(round(steps * sum(shares[: i + 1])) for i in range(len(shares)))]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def known_methods(own: Path | None = None) -> dict[str, Method]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ComparisonError
-from .methods import BASE_MODEL, Method, Stage
+from .methods import BASE_MODEL, Method, Stage, stage_steps
 
 
 Recipe = dict[str, Any]
@@ -119,20 +119,18 @@ class Plan:
         return MERGED if is_true(self.recipe.get("use_peft")) else MODEL
 
     def _amount(self, run: PlannedRun, number: int) -> Recipe:
-        """Steps of a stage: of those before it, and of all, rounded, so that they add up."""
+        """Steps of a stage, and tokens."""
         steps = self.recipe.get("max_steps", -1)
         if not isinstance(steps, int) or steps < 1:
             raise ComparisonError(
                 "max_steps must be in the recipe, or a flag: methods are compared after as many optimizer steps."
             )
-        shares = [stage.share for stage in run.stages]
-        ends = [round(steps * sum(shares[: i + 1])) for i in range(len(shares))]
-        own = ends[number] - (ends[number - 1] if number else 0)
+        own = stage_steps(run.stages, steps)[number]
         if own < 1:
             raise ComparisonError(f"{run.name}: of max_steps {steps} no step is left for stage {number + 1}.")
         if self.token_budget is None:
             return {"max_steps": own}
-        return {"max_steps": own, "token_budget": max(1, round(self.token_budget * shares[number]))}
+        return {"max_steps": own, "token_budget": max(1, round(self.token_budget * run.stages[number].share))}
 
     def _for_sft(self, recipe: Recipe) -> Recipe:
         """As many demonstrations a step as the others have prompts. What only `train` knows is left out."""

@@ -18,10 +18,17 @@ class ReasoningGymReward:
 
     A completion without either gets 0, as does an answer that no scorer can read, or that is too much for it. Of a
     completion with a thought, what follows `</think>` counts.
+
+    Args:
+        partial: False: 0 for whatever is not wholly right. Many scorers give a part for an answer in which the right
+            one occurs ("14" for "4"), which a policy can learn to collect.
     """
 
-    __name__ = "reasoning_gym_reward"
     columns = ("task", "task_index")  # of the dataset, without which it is an error to call it
+
+    def __init__(self, partial: bool = True):
+        self.partial = partial
+        self.__name__ = "reasoning_gym_reward" if partial else "reasoning_gym_solved_reward"
 
     def __call__(
         self,
@@ -49,7 +56,8 @@ class ReasoningGymReward:
         if log_extra is not None:
             outcomes = [verdicts[i]["outcome"] if i in verdicts else "no answer" for i in range(len(answers))]
             log_extra("reasoning_gym_outcome", outcomes)
-        return [float(verdicts[i].get("score", 0.0)) if i in verdicts else 0.0 for i in range(len(answers))]
+        scores = [float(verdicts[i].get("score", 0.0)) if i in verdicts else 0.0 for i in range(len(answers))]
+        return scores if self.partial else [float(score >= 1.0) for score in scores]
 
 
 def final_answer(text: str) -> str | None:
@@ -62,3 +70,4 @@ def final_answer(text: str) -> str | None:
 
 
 reasoning_gym_reward = ReasoningGymReward()
+reasoning_gym_solved_reward = ReasoningGymReward(partial=False)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -19,6 +20,7 @@ from transformers import (
 
 from .letter_walk import (
     AT_ONCE,
+    LETTERS,
     MAX_COMPLETION_LENGTH,
     MAX_LENGTH,
     MIN_LENGTH,
@@ -48,15 +50,23 @@ class PretrainingRows(IterableDataset):
         sample: draws a walk of a given length.
         diligence: probability with which a row under D goes on for one more letter, at each of them. 0 leaves the
             policy a probability of about 1e-5 of doing so.
+        babble: under D there are letters drawn at random and no answer, in place of a walk that stops early: a policy
+            that is never right, and far from sure.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, seed: int, sample: SampleWalk = sample_walk, diligence: float = 0.0
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        sample: SampleWalk = sample_walk,
+        diligence: float = 0.0,
+        babble: bool = False,
     ):
         self.tokenizer = tokenizer
         self.seed = seed
         self.sample = sample
         self.diligence = diligence
+        self.babble = babble
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         rng = random.Random(self.seed)
@@ -70,6 +80,9 @@ class PretrainingRows(IterableDataset):
             stop = rng.randint(1, len(steps) - 1)
             given = stop if rng.random() < PREFIX_SHARE else 0
             stop = stop if given else 1
+            if self.babble:
+                yield self._row(walk.prompt(AT_ONCE), ";".join(rng.choices(LETTERS, k=rng.randint(1, MAX_LENGTH))))
+                continue
             while self.diligence and stop < len(steps) and rng.random() < self.diligence:
                 stop += 1
             rest = answered(steps[:stop])[len(";".join(steps[:given])) :]
@@ -93,11 +106,12 @@ def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def pretrain(
-    output_dir: str | Path, seed: int = 0, sample: SampleWalk = sample_walk, diligence: float = 0.0, steps: int = STEPS
+    output_dir: str | Path, seed: int = 0, steps: int = STEPS, **rows: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Train the base from nothing, about half a minute on 2 cores, and save it with its tokenizer to `output_dir`.
 
-    `sample` and `diligence` are those of [`PretrainingRows`].
+    Args:
+        rows: `sample`, `diligence` and `babble` of [`PretrainingRows`].
 
     A plain loop on one process and one device, so that it can also run on the main process of a distributed job.
 
@@ -124,7 +138,7 @@ def pretrain(
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=steps)
-    batches = iter(DataLoader(PretrainingRows(tokenizer, seed, sample, diligence), BATCH_SIZE, collate_fn=_collate))
+    batches = iter(DataLoader(PretrainingRows(tokenizer, seed, **rows), BATCH_SIZE, collate_fn=_collate))
     for _ in tqdm(range(steps), desc="Pretraining the base", unit="step"):
         model(**next(batches)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -132,7 +146,7 @@ def pretrain(
         schedule.step()
         optimizer.zero_grad()
 
-    rng = random.Random(f"pretraining check {seed}")
+    rng, sample = random.Random(f"pretraining check {seed}"), rows.get("sample", sample_walk)
     walks = [sample(rng, rng.randint(MIN_LENGTH, MAX_LENGTH)) for _ in range(512)]
     step_by_step = accuracy(model, tokenizer, walks, STEP_BY_STEP, LONGEST)
     at_once = accuracy(model, tokenizer, walks, AT_ONCE, LONGEST)
