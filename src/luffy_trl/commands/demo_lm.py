@@ -28,7 +28,7 @@ from ..comparing.methods import known_methods
 from ..data.loading import load_splits
 from ..data.writing import all_or_nothing
 from ..reporting.tables_and_curves import text_table
-from ..tasks.gym_reward import reasoning_gym_reward
+from ..tasks.gym_reward import reasoning_gym_solved_reward
 from .comparison import make_trainer
 from .gguf import gguf_path, unpack
 from .inputs import before_training, check_output_dir
@@ -42,7 +42,7 @@ WARM_PROBLEMS, WARM_STEPS, WARM_RATE = 60, 15, 1e-4
 PROBLEMS, TEST_PROBLEMS = 200, 96
 RATE = 3e-5
 ROWS = 16  # of a step: 2 problems, 7 answers and a demonstration each
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 32  # demonstrations have up to 27
 EXAMPLES = 3
 TITLES = {"base": "as it is", "SFT": "before LUFFY", "LUFFY": "after LUFFY"}
 GAINED = (
@@ -141,7 +141,7 @@ def sampled_answers(
             )
             texts += tokenizer.batch_decode(ids[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
     model.train(training)
-    rewards = reasoning_gym_reward(texts, task=list(rows["task"]), task_index=list(rows["task_index"]))
+    rewards = reasoning_gym_solved_reward(texts, task=list(rows["task"]), task_index=list(rows["task_index"]))
     return Answers(texts, rewards)
 
 
@@ -208,7 +208,7 @@ def _trained(
     [stage] = known_methods()[method].stages
     trainer = make_trainer(
         stage, base, rows, directory, seed, steps, rate, [progress], ANSWER_TOKENS,
-        reward=reasoning_gym_reward, logging_steps=1, **fields,
+        reward=reasoning_gym_solved_reward, logging_steps=1, **fields,
     )  # fmt: skip
     trainer.train()
     trainer.save_model()
