@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trl import GRPOConfig, GRPOTrainer
 
-from luffy_trl.padding.mixin import PaddingFreeConfig, PaddingFreeMixin
+from luffy_trl.padding.config import PaddingFreeConfig
+from luffy_trl.padding.mixin import PaddingFreeMixin
 from luffy_trl.padding.packing import accepted, boundaries
 
 from .conftest import SMALL_RUN

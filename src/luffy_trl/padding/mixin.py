@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -11,8 +10,9 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from torch.nn.functional import pad
 from transformers.utils.generic import is_flash_attention_requested
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
+from .config import PaddingFreeConfig
 from .micro_batches import COMPLETION_KEYS, Batch, drop_zero_advantages, optimizer_steps, order_by_length, trim
 from .packing import accepted, boundaries, pack, unpack
 from .packing_check import COMPLETION_LENGTHS, Agreement, compare, mode, no_trace, probe
@@ -22,61 +22,6 @@ logger = get_logger(__name__)
 
 # These divide a token's loss by the tokens of a generation, the others by the rows of a micro-batch
 LOSSES_OVER_TOKENS = ("dapo", "cispo", "vespo")
-
-
-@dataclass
-class PaddingFreeConfig(GRPOConfig):
-    """GRPOConfig with the fields of [`PaddingFreeMixin`].
-
-    Raises:
-        ValueError: at construction, for fields that would miss the rows that are left out.
-    """
-
-    trim_padding: bool | None = field(
-        default=True,
-        metadata={
-            "help": "Order rows by length within each optimizer step and cut every micro-batch to its own longest "
-            "row, where TRL pads all to the longest of a generation. Default: True."
-        },
-    )
-    packed_forward: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Run each micro-batch as one row of sequences without padding. Needs layers that keep packed "
-            "sequences apart, which is tried on two short ones before the first packed row. Default: on with flash "
-            "attention, off elsewhere, where it would be slower, and where it would not equal padded rows; True is "
-            "refused there."
-        },
-    )
-    skip_zero_advantages: bool = field(
-        default=False,
-        metadata={
-            "help": "Leave rows without an advantage out of the forward and backward pass: they add nothing to the "
-            "gradient. Token metrics (entropy, prob) are then means over the other rows. Not with beta > 0, an "
-            "entropy bonus, top_entropy_quantile < 1 or 'bnpo', which use these rows. Default: False."
-        },
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.skip_zero_advantages:
-            self._check_nobody_misses_rows()
-
-    def _check_nobody_misses_rows(self):
-        needed_by = {
-            "beta": self.beta != 0,
-            "entropy_coef": self.entropy_coef != 0,
-            "use_adaptive_entropy": self.use_adaptive_entropy,
-            "top_entropy_quantile": self.top_entropy_quantile < 1,
-            "loss_type": self.loss_type == "bnpo",
-            "trim_padding": not self.trim_padding,
-        }
-        for name, needed in needed_by.items():
-            if needed:
-                raise ValueError(
-                    f"skip_zero_advantages=True cannot be combined with {name}={getattr(self, name)!r}: rows without "
-                    "an advantage would be missed there."
-                )
 
 
 class PaddingFreeMixin(GRPOTrainer):
