@@ -36,17 +36,17 @@ class PaddingFreeConfig(GRPOConfig):
         metadata={
             "help": "Run each micro-batch as one row of sequences without padding. Needs layers that keep packed "
             "sequences apart, which is tried on two short ones before the first packed row. Default: on with flash "
-            "and flex attention, and with 'sdpa' where tokens_per_micro_batch or share_prompts is set; off elsewhere, "
-            "where it would be slower, and where it would not equal padded rows; True is refused there."
+            "and flex attention, and with 'sdpa' where tokens_per_micro_batch is set; off elsewhere, where it would "
+            "be slower, and where it would not equal padded rows; True is refused there."
         },
     )
     share_prompts: bool | None = field(
         default=None,
         metadata={
-            "help": "Run the prompt of a group once for all its rows in a micro-batch. Needs packed rows, 'sdpa' or "
-            "'flex_attention', and layers of attention only. Default: on with tokens_per_micro_batch where that is "
-            "given and enough is saved, which short prompts do not; True: always, and refused where it cannot be; "
-            "False: each row has its own."
+            "help": "Run the prompt of a group once for all its rows in a micro-batch. Needs tokens_per_micro_batch, "
+            "which keeps groups together, packed rows, 'sdpa' or 'flex_attention', and layers of attention only. "
+            "Default: where it can be and leaves out enough of a step's tokens, as short prompts do not; True: always, and "
+            "refused where it cannot be; False: each row has its own."
         },
     )
     skip_zero_advantages: bool = field(
@@ -64,11 +64,8 @@ class PaddingFreeConfig(GRPOConfig):
             self._check_nobody_misses_rows()
         if self.tokens_per_micro_batch is not None:
             self._check_rows_can_be_dealt(self.tokens_per_micro_batch)
-        if self.share_prompts and self.packed_forward is False:
-            raise ValueError(
-                "share_prompts=True cannot be combined with packed_forward=False: rows share a prompt in a packed row "
-                "only. Leave one of them out."
-            )
+        if self.share_prompts:
+            self._check_prompts_can_be_shared()
 
     def _check_nobody_misses_rows(self):
         needed_by = {
@@ -85,6 +82,18 @@ class PaddingFreeConfig(GRPOConfig):
                     f"skip_zero_advantages=True cannot be combined with {name}={getattr(self, name)!r}: rows without "
                     "an advantage would be missed there."
                 )
+
+    def _check_prompts_can_be_shared(self):
+        if self.tokens_per_micro_batch is None:
+            raise ValueError(
+                "share_prompts=True needs tokens_per_micro_batch, which puts the rows of a group into the same "
+                "micro-batch. Set it to a number of tokens."
+            )
+        if self.packed_forward is False:
+            raise ValueError(
+                "share_prompts=True cannot be combined with packed_forward=False: rows share a prompt in a packed row "
+                "only. Leave one of them out."
+            )
 
     def _check_rows_can_be_dealt(self, budget: int):
         if budget < 1:
