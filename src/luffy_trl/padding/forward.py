@@ -50,8 +50,6 @@ class PackedForwardMixin(GRPOTrainer):
         self._text_config = self.model.config.get_text_config()
         self._packs, self._packing_is_checked = self._packing_is_on(), False
         self._shares = self._packs and self._sharing_is_on()
-        if self._packs and can_attend_by_sequence(self._text_config):
-            self._attend(BY_SEQUENCE)
         # How the rows of the forward pass under way lie, where they are packed
         self._layout: Layout | None = None
         # What forward passes are for: the loss, or the log-probs of old and reference policy in a generation
@@ -209,11 +207,12 @@ class PackedForwardMixin(GRPOTrainer):
         """Tokens of a micro-batch; 0 where micro-batches are TRL's."""
         return self.args.tokens_per_micro_batch or 0
 
-    def _attend(self, implementation: str) -> None:
-        """Have the layers look up this implementation from now on, in each model that goes by this one's config."""
-        for model in (self.model, self.ref_model):
-            if model is not None:
-                model.config.get_text_config()._attn_implementation = implementation
+    def _attend_apart(self, apart: bool = True) -> None:
+        """From now on `sdpa` attends sequence by sequence in packed rows, where it can; or as before."""
+        if can_attend_by_sequence(self._text_config):
+            for model in (self.model, self.ref_model):
+                if model is not None:
+                    model.config.get_text_config()._attn_implementation = BY_SEQUENCE if apart else "sdpa"
 
     def _check_packing(self) -> None:
         """Pads from now on if this model does not keep packed sequences apart. Collective; does nothing again.
@@ -224,6 +223,7 @@ class PackedForwardMixin(GRPOTrainer):
         if self._packing_is_checked or not self._packs:
             return
         self._packing_is_checked = True  # before the forward passes of the check, which come by here
+        self._attend_apart()
         own, sharing = self._try_packing()
         everywhere = gather_object([(own.holds, own.difference, sharing.holds, sharing.difference)])
         attention = self._text_config._attn_implementation.replace(BY_SEQUENCE, "sdpa")
@@ -238,8 +238,7 @@ class PackedForwardMixin(GRPOTrainer):
                 found = f"{model} refuses packed rows: {own.refusal}"
             self._do_without("packed_forward", "rows are padded", found)
             self._packs = self._shares = False
-            if self._text_config._attn_implementation == BY_SEQUENCE:
-                self._attend("sdpa")
+            self._attend_apart(False)
         elif self._shares and not all(shared):
             found = (
                 f"rows of a shared prompt do not equal padded ones with {model}: their log-probs differ by up to "
