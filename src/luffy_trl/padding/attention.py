@@ -106,12 +106,14 @@ def attend_by_sequence(
 
 def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> dict[str, Any]:
     """The last query sees all keys, the one before it all but the last; no more than a window of them."""
-    if window is not None and keys > window:
-        before = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-        return {"attn_mask": before.triu(keys - queries - window + 1)}
-    if queries == keys:
+    window = keys if window is None else window
+    is_windowed = keys > window
+    if queries == keys and not is_windowed:
         return {"is_causal": True}
-    return {"attn_mask": causal_lower_right(queries, keys)}
+    if device.type == "cuda" and not is_windowed:
+        return {"attn_mask": causal_lower_right(queries, keys)}  # no mask there: flash attention's own
+    before = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return {"attn_mask": before.triu(keys - queries - window + 1) if is_windowed else before}
 
 
 def _mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | Window | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from .dealing import Form, Rows, deal
 from .micro_batches import trim
 from .packing import Layout, accepted
 from .packing_check import COMPLETION_LENGTHS, Agreement, compare, compare_shared, mode, no_trace, probe, shared_probe
+from .waiting import read, read_later
 
 
 logger = get_logger(__name__)
@@ -33,7 +34,8 @@ class PackedForwardMixin(GRPOTrainer):
       policy;
     - `_get_per_token_logps_and_entropies`: packs the forward pass; of a generation, scores by rows of like length, and
       only those that `_rows_to_score` names;
-    - `_compute_loss`: nothing; while it runs, a micro-batch lies as its `layout` says.
+    - `_compute_loss`: nothing; while it runs, a micro-batch lies as its `layout` says, and no metric is waited for;
+    - `log`: reads those metrics.
 
     Raises:
         ValueError: for `packed_forward=True` with a model that does not keep packed sequences apart, and for
@@ -52,6 +54,8 @@ class PackedForwardMixin(GRPOTrainer):
         self._shares = self._packs and self._sharing_is_on()
         # How the rows of the forward pass under way lie, where they are packed
         self._layout: Layout | None = None
+        # Of the loss that is computed, what ends with it
+        self._after_forward: ExitStack | None = None
         # What forward passes are for: the loss, or the log-probs of old and reference policy in a generation
         self._phase: Literal["loss", "generation"] = "loss"
         # Now, where the model is whole already and a refusal is due; else with the first forward pass
@@ -70,9 +74,10 @@ class PackedForwardMixin(GRPOTrainer):
         self._check_packing()  # before a layout is made use of
         self._layout = inputs.get("layout") if self._packs else None
         try:
-            return super()._compute_loss(model, inputs)
+            with ExitStack() as self._after_forward:
+                return super()._compute_loss(model, inputs)
         finally:
-            self._layout = None
+            self._layout = self._after_forward = None
 
     def _laid_out(self, values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Values of padded rows `(B, S)` as the forward pass under way has its rows: like its `labels`."""
@@ -114,7 +119,7 @@ class PackedForwardMixin(GRPOTrainer):
                 forward = self._packed_forward
             if self._phase == "generation" and self.args.trim_padding:
                 return self._score(forward, model, input_ids, attention_mask, logits_to_keep, batch_size)
-        return forward(
+        outputs = forward(
             model,
             input_ids,
             attention_mask,
@@ -124,6 +129,14 @@ class PackedForwardMixin(GRPOTrainer):
             compute_aux_loss=compute_aux_loss,
             **images,
         )
+        # What comes now of TRL's loss reads metrics. Adaptive entropy goes on from one of them
+        if self._after_forward is not None and self.model.training and not self.use_adaptive_entropy:
+            self._after_forward.enter_context(read_later())
+        return outputs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        read(self._metrics["train"])
+        super().log(logs, start_time)
 
     def _score(self, forward, model, input_ids, attention_mask, logits_to_keep, batch_size):
         """Log-probs `(B, T)` of the rows to score, by rows of like length; 0 for the others. All that TRL takes."""
@@ -339,7 +352,8 @@ class PackedForwardMixin(GRPOTrainer):
         # What keeps sequences apart: positions that restart, for layers without positions their boundaries
         apart: dict[str, Any] = {"position_ids": layout.position_ids}
         if self._text_config._attn_implementation == BY_SEQUENCE:
-            apart["spans"] = layout.spans
+            # A mask of ones spares transformers the look, for which it waits, whether positions restart
+            apart |= {"spans": layout.spans, "attention_mask": torch.ones_like(packed_ids)}
         if layout.is_shared and self._text_config._attn_implementation == "flex_attention":
             apart["attention_mask"] = block_mask(layout)
         if not layout.is_shared:
