@@ -155,6 +155,7 @@ def test_the_last_steps_call_runs_all_of_a_steps_micro_batches(make_trainer, row
     for batches in (due[1], due[3]):
         assert sum(len(batch["advantages"]) for batch in batches) == 8
         assert sum(batch["share"] for batch in batches) == pytest.approx(2)
+    trainer = make_trainer(rows, tokens_per_micro_batch=300, **SHAPE)
     steps_of(trainer)
     due = trainer._buffered_inputs
     assert trainer._metrics["train"]["micro_batches"] == [len(due[1]), len(due[3])]

@@ -145,8 +145,7 @@ def token_denominator(
         ValueError: if the loss type is none of TRL's.
     """
     batch_size = mask.size(0)
-    if not isinstance(rows, torch.Tensor):  # filled on the device: nothing is copied there, which would wait
-        rows = torch.full((), float(batch_size if rows is None else rows), device=mask.device)
+    rows = _on_device(batch_size if rows is None else rows, mask.device)
     if loss_type in ("grpo", "sapo"):  # mean over a row's tokens, then over rows
         return mask.sum(-1, keepdim=True).clamp(min=1.0) * rows
     elif loss_type == "bnpo":  # mean over the micro-batch's tokens
@@ -156,10 +155,15 @@ def token_denominator(
     elif loss_type == "luspo":  # sum over a row's tokens, mean over rows
         denominator = rows
     elif loss_type in ("cispo", "dapo", "vespo"):  # mean over the tokens of a generation
-        denominator = torch.as_tensor(mean_tokens, dtype=torch.float32, device=mask.device)
+        denominator = _on_device(mean_tokens, mask.device)
     else:
         raise ValueError(f"Unknown loss_type {loss_type!r}. Known are {', '.join(map(repr, LOSS_TYPES))}.")
     return denominator.expand(batch_size, 1)
+
+
+def _on_device(number: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    """Filled there: a copy would wait."""
+    return number.float() if isinstance(number, torch.Tensor) else torch.full((), float(number), device=device)
 
 
 ITEM_KEYS = ("on_policy_tokens", "on_policy_rows", "off_policy_tokens", "off_policy_rows")
