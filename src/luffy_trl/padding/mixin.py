@@ -14,9 +14,9 @@ from trl import GRPOTrainer
 
 from .budget import Due, StepRows, dealt, form_of
 from .config import PaddingFreeConfig
-from .forward import PackedForwardMixin
 from .micro_batches import COMPLETION_KEYS, Batch, drop_zero_advantages, optimizer_steps, order_by_length, trim
 from .packing import Layout
+from .scoring import ScoringMixin
 
 
 logger = get_logger(__name__)
@@ -25,12 +25,13 @@ logger = get_logger(__name__)
 LOSSES_OVER_TOKENS = ("dapo", "cispo", "vespo")
 
 
-class PaddingFreeMixin(PackedForwardMixin):
+class PaddingFreeMixin(ScoringMixin):
     """
     GRPOTrainer whose micro-batches hold rows of like length, cut to the longest, packed where attention allows it.
 
     What differs from [`~trl.GRPOTrainer`], beside the forward passes of
-    [`~luffy_trl.padding.forward.PackedForwardMixin`], override by override:
+    [`~luffy_trl.padding.forward.PackedForwardMixin`] and [`~luffy_trl.padding.scoring.ScoringMixin`], override by
+    override:
 
     - `_prepare_inputs`: orders the rows of each optimizer step by length, and trims the micro-batches; or, with
       `tokens_per_micro_batch`, deals them into others;
