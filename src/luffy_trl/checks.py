@@ -108,11 +108,17 @@ def _check_no_images_are_skipped(columns: list[str]) -> None:
 
 
 def _check_options_beside_demonstrations(arguments: dict[str, Any], args: LuffyConfig) -> None:
-    for option in ("tools", "rollout_func", "environment_factory"):
-        if arguments.get(option):
+    if arguments.get("rollout_func"):
+        raise ValueError(
+            "`rollout_func` cannot be combined with demonstrations: it makes all of a group's completions itself. Set "
+            "num_demonstrations=0, or give `tools` or an `environment_factory` in its place."
+        )
+    for option in ("tools", "environment_factory"):
+        if arguments.get(option) and args.demonstration_source == "replay":
             raise ValueError(
-                f"`{option}` cannot be combined with demonstrations: what a tool or an environment would have "
-                f"answered to them is not known. Set num_demonstrations=0, or leave `{option}` out."
+                f"`{option}` cannot be combined with demonstration_source='replay': its buffer keeps the policy's "
+                "tokens, and not what tools have answered between them. Record trajectories in the dataset, or leave "
+                f"`{option}` out."
             )
     if args.demonstration_source == "replay" and isinstance(arguments.get("train_dataset"), IterableDataset):
         raise ValueError(
@@ -187,7 +193,9 @@ def check_against_model(
     if arguments.get("rollout_func") is not None:  # it may take prompts of any kind
         return []
     window = args.vllm_max_model_length if args.use_vllm else None
-    reader = Reader(processing_class, config, args.chat_template_kwargs or {}, window)
+    tools = arguments.get("tools")
+    options = (args.chat_template_kwargs or {}) | ({"tools": list(tools)} if tools else {})
+    reader = Reader(processing_class, config, options, window)
     messages = []
     for name, dataset in named_datasets(arguments).items():
         if "prompt" in column_names(dataset):

@@ -14,6 +14,7 @@ The first sum is TRL's code, which is shown the rollouts' tokens alone (`hide_de
 written again here.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -82,19 +83,27 @@ def hide_demonstrations(
     mask, and infinity times 0 is NaN.
 
     Args:
-        batch: TRL's keys, and `off_policy_mask` `(B, T)`. It is not changed.
+        batch: TRL's keys, among them `tool_mask` where there are tools, and `off_policy_mask` `(B, T)`. It is not
+            changed.
         seen_denominator, whole_denominator: `(B, 1)`, of `token_denominator` over the rollouts' tokens, and over all.
             Where TRL averages over the tokens that it sees, scaling the advantages by their ratio, which is never
             negative, makes that an average over all: each of TRL's policy losses is proportional to the advantage's
             size. (KL and entropy bonus are not: they stay averages over the rollouts' tokens.)
     """
     off_policy_mask = batch["off_policy_mask"]  # (B, T)
-    hidden = {**batch, "tool_mask": (~off_policy_mask).long()}
+    hidden_too = ~counted(batch) | off_policy_mask  # what tools and users wrote is nobody's
+    hidden = {**batch, "tool_mask": (~hidden_too).long()}
     hidden["advantages"] = batch["advantages"].unsqueeze(1) * (seen_denominator / whole_denominator)  # (B, 1)
     for key, harmless in (("old_per_token_logps", 0.0), ("ref_per_token_logps", BELOW_ALL_LOGPS)):
         if key in batch:
-            hidden[key] = batch[key].masked_fill(off_policy_mask, harmless)
+            hidden[key] = batch[key].masked_fill(hidden_too, harmless)
     return hidden
+
+
+def counted(batch: Mapping[str, Any]) -> torch.Tensor:
+    """True on the tokens that a loss counts, `(B, T)`: no padding, and nothing that tools or users have written."""
+    mask = batch["completion_mask"].bool()
+    return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
 
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")

@@ -33,6 +33,7 @@ from .checks import (
     source_warnings,
 )
 from .config import LuffyConfig
+from .demonstrations.acting import TrajectoriesMixin
 from .demonstrations.encoding import ROW_COLUMN, DemonstrationEncoder, without_demonstrations
 from .demonstrations.placement import (
     Generation,
@@ -46,7 +47,7 @@ from .demonstrations.schedules import prefix_ratio, weight_factor
 from .demonstrations.sources import DemonstrationSource, NoSource, open_source, remember_solved
 from .hub.mixin import HubPushMixin
 from .metrics import ColdStart, Means, Stopwatch, cold_start_sums, group_metrics, length_sums, source_sums, token_sums
-from .objective import demonstration_term, hide_demonstrations, off_policy_loss, token_denominator
+from .objective import counted, demonstration_term, hide_demonstrations, off_policy_loss, token_denominator
 from .padding.mixin import PaddingFreeMixin
 from .rewards.checked import checked
 from .runs.best import BestByRewardMixin
@@ -77,7 +78,13 @@ LUFFY_PAPER = {
 
 
 class LuffyTrainer(
-    PaddingFreeMixin, EvaluationSetsMixin, BestByRewardMixin, WholeCheckpointMixin, TokenBudgetMixin, HubPushMixin
+    PaddingFreeMixin,
+    TrajectoriesMixin,
+    EvaluationSetsMixin,
+    BestByRewardMixin,
+    WholeCheckpointMixin,
+    TokenBudgetMixin,
+    HubPushMixin,
 ):
     """
     GRPO with demonstrations in each group (LUFFY, arXiv 2504.14945). With `num_demonstrations=0` it is `GRPOTrainer`.
@@ -95,7 +102,8 @@ class LuffyTrainer(
     - `_save_own_state`, `_load_own_state`: the replay buffer goes into checkpoints;
     - `_recipe`, `_resumed_with`: the model card gives the fields that were given, and what a resumption changed.
 
-    Its parents know nothing of LUFFY: [`~luffy_trl.padding.mixin.PaddingFreeMixin`] leaves out padding,
+    One parent, [`~luffy_trl.demonstrations.acting.TrajectoriesMixin`], replays demonstrations of several turns. The
+    others know nothing of LUFFY: [`~luffy_trl.padding.mixin.PaddingFreeMixin`] leaves out padding,
     [`~luffy_trl.runs.best.BestByRewardMixin`] chooses the best model by the reward,
     [`~luffy_trl.runs.evaluations.EvaluationSetsMixin`] keeps the metrics of several evaluation sets apart,
     [`~luffy_trl.runs.mixin.WholeCheckpointMixin`] writes checkpoints that are whole or not there,
@@ -105,7 +113,7 @@ class LuffyTrainer(
 
     | key | shape | what | read by |
     | --- | --- | --- | --- |
-    | `off_policy_mask` | (B, T) bool | True on a demonstration's tokens. (TRL has a method's local of that name, which is True on tokens to keep.) | the loss, metrics |
+    | `off_policy_mask` | (B, T) bool | True on a demonstration's tokens, less what tools and users wrote. (TRL has a method's local of that name, which is True on tokens to keep.) | the loss, metrics |
     | `off_policy_weight` | (B,) | factor on the demonstrations' loss: weight, schedule and gate | the loss |
     | `is_cold` | (B,) bool | True in groups without a right rollout | metrics |
     | `behavior_logps` | (B, T) | log-probs of who wrote them, 0 where unknown; only where a source gives any | the loss, metrics |
@@ -197,7 +205,7 @@ class LuffyTrainer(
         outcome = Outcome.of(rewards, has_demonstration, group_size, args.success_gate, judged, args.solved_threshold)
 
         if self.num_demonstrations > 0:
-            output["off_policy_mask"] = off_policy_mask(lengths, mask)
+            output["off_policy_mask"] = off_policy_mask(lengths, counted(output))
             factor = weight_factor(args.demonstration_weight_schedule, self._progress())
             output["off_policy_weight"] = self._own(outcome.counts) * (args.demonstration_weight * factor)
             output["is_cold"] = self._own(outcome.is_cold)
@@ -225,7 +233,7 @@ class LuffyTrainer(
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         sample = super()._generate_single_turn
-        if self._generation is None:
+        if self._generation is None or self._acts:  # evaluation; the turns behind a tool's answer
             return sample(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
         with self._stopwatch("generation"):
             if self.num_demonstrations == 0:
@@ -312,7 +320,7 @@ class LuffyTrainer(
             self._log_tokens(logps.detach(), entropies.detach(), inputs, {})
             return loss
 
-        mask, off_policy = inputs["completion_mask"].bool(), inputs["off_policy_mask"]  # (B, T)
+        mask, off_policy = counted(inputs), inputs["off_policy_mask"]  # (B, T)
         seen, whole = self._denominator(inputs, mask & ~off_policy), self._denominator(inputs, mask)  # (B, 1)
         with self._keeping_forward() as forward, self._at_one(inputs):
             loss = super()._compute_loss(model, hide_demonstrations(inputs, seen, whole))
@@ -380,9 +388,7 @@ class LuffyTrainer(
             logger.warning_once(message)
 
     def _log_tokens(self, logps, entropies, inputs: dict[str, Any], sums: dict[str, tuple]) -> None:
-        mask = inputs["completion_mask"].bool()  # (B, T)
-        if "tool_mask" in inputs:  # what tools have answered is nobody's policy
-            mask = mask & inputs["tool_mask"].bool()
+        mask = counted(inputs)  # (B, T)
         off_policy = inputs.get("off_policy_mask", torch.zeros_like(mask))
         behavior = inputs.get("behavior_logps")
         gamma = self.args.shaping_gamma if self.args.shaping == "regularized" else None
@@ -406,9 +412,9 @@ class LuffyTrainer(
         """The source of demonstrations, and the dataset with the columns that it needs."""
         args, accelerator = self.args, self.accelerator
         tokenizer, ends, longest = self.processing_class, self.eos_token_ids, self.max_completion_length
-        encoder = DemonstrationEncoder(
-            tokenizer, ends, longest, args.demonstration_overflow, self.chat_template_kwargs
-        )
+        options, tools = self._template_options(), self._tools_of_rows()
+        cut = args.prefix_strategy != "fixed" or args.prefix_max < 1
+        encoder = DemonstrationEncoder(tokenizer, ends, longest, args.demonstration_overflow, options, tools, cut)
         first = accelerator.main_process_first()
         source, prepared = open_source(dataset, encoder, args, accelerator.num_processes, first)
         for message in source_warnings(dataset, prepared, encoder, args):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ..config import LuffyConfig
 
 
-# From a row of the dataset to its demonstrations: each a str, a list with one assistant message, or a `Demonstration`
+# From a row of the dataset to its demonstrations: each a str, a list of messages, or a `Demonstration`
 SourceFunction = Callable[[Row], list[Any] | None]
 
 SOURCES = ("dataset", "replay")
@@ -207,7 +207,7 @@ class FunctionSource(DemonstrationSource):
                 "assistant message, or a luffy_trl.demonstrations.Demonstration), or None."
             )
         named = [(value, f"{where}[{i}]") for i, value in enumerate(values or [])]
-        return [(self.encoder.encode(value, prompt, name), name) for value, name in named]
+        return [(self.encoder.encode(value, row, name), name) for value, name in named]
 
 
 class ReplaySource(DemonstrationSource):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..demonstrations.encoding import rendered_prompt
+from ..demonstrations.rendering import rendered_prompt
 from ..runs.quiet import quiet_progress_bars
 from . import ReportError
 from .completions import Completion, KeptStep
