@@ -230,6 +230,7 @@ def _left_out(what: str, part: str, where: str) -> str:
 
 def _rewritten(so_far: str, now: str, where: str) -> str:
     start = next((i for i, (a, b) in enumerate(zip(so_far, now, strict=False)) if a != b), min(len(so_far), len(now)))
+    start = max(start - SHOWN // 4, 0)
     was, becomes = (text[start : start + SHOWN] for text in (so_far, now))
     return (
         f"{where}: the chat template writes it otherwise once other messages follow ({was!r} becomes {becomes!r}), as "
