@@ -23,8 +23,10 @@ def chain_of(letters: str, seed: int = 0) -> Chain:
 
 
 def chain_rows(guided: list[bool]) -> Dataset:
-    """Prompts of both kinds, in turn, each with a trajectory of two calls or none."""
-    chains = [chain_of((LETTERS[i // 2] if i % 2 == 0 else LETTERS[13 + i // 2]) + "z", i) for i in range(len(guided))]
+    """Two prompts of one kind, then two of the other, each with a trajectory of two calls or none."""
+    numbers = range(len(guided))
+    starts = [LETTERS[i // 4 * 2 + i % 2 + (len(CALLS_FIRST) if i // 2 % 2 else 0)] for i in numbers]
+    chains = [chain_of(start + "z", i) for i, start in zip(numbers, starts, strict=True)]
     rows = chains_to_dataset(chains).to_list()
     for row, has_demonstration in zip(rows, guided, strict=True):
         row["demonstrations"] = [row.pop("completion")] if has_demonstration else []
@@ -32,7 +34,7 @@ def chain_rows(guided: list[bool]) -> Dataset:
 
 
 def save_acting_model(directory: Path) -> Path:
-    from .conftest import save_tiny_qwen2
+    from tests.conftest import save_tiny_qwen2
 
     tokenizer = build_chain_tokenizer()
     save_tiny_qwen2(directory, tokenizer, max_position_embeddings=128, initializer_range=0.1)

@@ -28,6 +28,8 @@ OPTIONS = {
         "beta": 0.1,
         "temperature": 0.7,
     },
+    # the first process's rollouts act, and sampling is collective under ZeRO-3
+    "trajectories": {"rows": 16, "acts": True, "beta": 0.1},
 }
 
 
@@ -57,13 +59,19 @@ def train(config: Path, processes: int, model_dir: Path, output_dir: Path, optio
 
 
 @pytest.fixture(scope="module")
-def one_process(tiny_model_dir, tmp_path_factory):
+def model_of(tiny_model_dir, acting_model):
+    """The model that a set of options is tried on."""
+    return lambda name: acting_model if name == "trajectories" else tiny_model_dir
+
+
+@pytest.fixture(scope="module")
+def one_process(model_of, tmp_path_factory):
     """What one process logs and saves, per set of options."""
     directory = tmp_path_factory.mktemp("one")
 
     @cache
     def run(name: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
-        log = train(CONFIGS / "cpu.yaml", 1, tiny_model_dir, directory / name, OPTIONS[name])
+        log = train(CONFIGS / "cpu.yaml", 1, model_of(name), directory / name, OPTIONS[name])
         return log, load_file(directory / name / "model.safetensors")
 
     return run
@@ -89,17 +97,18 @@ def fsdp2_on_cpu(tmp_path) -> Path:
         ("fsdp2", "micro-batches of two rows"),
         ("zero3", "one micro-batch"),
         ("zero3", "micro-batches of two rows"),
+        ("zero3", "trajectories"),
     ],
 )
-def test_two_processes_equal_one(backend, name, one_process, fsdp2_on_cpu, tiny_model_dir, tmp_path):
+def test_two_processes_equal_one(backend, name, one_process, fsdp2_on_cpu, model_of, tmp_path):
     config = {"ddp": CONFIGS / "cpu.yaml", "fsdp2": fsdp2_on_cpu, "zero3": CONFIGS / "cpu_zero3.yaml"}[backend]
     expected, expected_weights = one_process(name)
-    log = train(config, 2, tiny_model_dir, tmp_path / "two", OPTIONS[name])
+    log = train(config, 2, model_of(name), tmp_path / "two", OPTIONS[name])
     assert [line["groups/guided"] for line in log] == [0.5, 1.0, 0.5, 0.0]
     for line, expected_line in zip(log, expected, strict=True):
         assert line["loss"] == pytest.approx(expected_line["loss"], abs=1e-4)
         for key in expected_line:
-            if key.startswith(("on_policy/", "off_policy/", "groups/")):
+            if key.startswith(("on_policy/", "off_policy/", "groups/", "tools/")):
                 assert line[key] == pytest.approx(expected_line[key], abs=1e-4, rel=1e-4), key
 
     # the saved model is whole, and a model like any other

@@ -14,7 +14,7 @@ from luffy_trl import LuffyConfig, LuffyTrainer
 from luffy_trl.demonstrations.encoding import DemonstrationEncoder, demonstrations_of
 from luffy_trl.tasks.letter_chain import Links, letter_chain_reward
 
-from .acting_model import chain_of, chain_rows, save_acting_model
+from .acting_model import chain_of, chain_rows
 from .conftest import SMALL_RUN
 
 
@@ -238,11 +238,6 @@ def test_log_probs_are_of_the_policys_tokens(chatml):
 
 
 # In the trainer
-
-
-@pytest.fixture(scope="module")
-def acting_model(tmp_path_factory):
-    return save_acting_model(tmp_path_factory.mktemp("acting-model"))
 
 
 GROUP, LONGEST, GAMMA = 4, 24, 0.1

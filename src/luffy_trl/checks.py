@@ -113,6 +113,11 @@ def _check_options_beside_demonstrations(arguments: dict[str, Any], args: LuffyC
             "`rollout_func` cannot be combined with demonstrations: it makes all of a group's completions itself. Set "
             "num_demonstrations=0, or give `tools` or an `environment_factory` in its place."
         )
+    if arguments.get("train_dataset") is None and args.demonstration_source == "dataset":
+        raise ValueError(
+            "`train_dataset` is missing, and with it the demonstrations. Give prompts and demonstrations, beside an "
+            "`environment_factory` too, or a function as demonstration_source, or set num_demonstrations=0."
+        )
     for option in ("tools", "environment_factory"):
         if arguments.get(option) and args.demonstration_source == "replay":
             raise ValueError(
@@ -372,6 +377,8 @@ def source_warnings(
     if args.demonstration_source != "dataset":
         return []
     is_table = isinstance(encoded, Dataset)
+    if "prompt" not in column_names(dataset):  # an environment makes them
+        return check_encoded(encoded, encoder.max_length, args.demonstration_overflow) if is_table else []
     messages = check_encoded(encoded, encoder.max_length, args.demonstration_overflow) if is_table else []
     return messages + disagreements(encoder.processing_class, dataset.take(LOOKED_AT), encoder.chat_template_kwargs)
 

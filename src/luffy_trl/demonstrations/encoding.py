@@ -186,7 +186,7 @@ class DemonstrationEncoder:
             if logps is not None:
                 _check_logps(logps, len(ids), f"`logps` of {where}")
             return Demonstration(ids, logps)
-        [[(demonstration, _)]] = self._encoded([{"prompt": row["prompt"]} | row], [[(value, where)]])
+        [[(demonstration, _)]] = self._encoded([row], [[(value, where)]])
         return demonstration
 
     def _checked(self, row: dict[str, Any], number: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ..runs.imports import named_function
 from .encoding import (
     DROPPED_COLUMN,
     ENCODED_COLUMNS,
+    PROMPT_OF_ENVIRONMENTS,
     ROW_COLUMN,
     TRUNCATED_COLUMN,
     Demonstration,
@@ -194,7 +195,7 @@ class FunctionSource(DemonstrationSource):
 
     def _encoded(self, row: Row) -> list[tuple[Demonstration, str]]:
         """Each demonstration, and what messages call it."""
-        prompt = row["prompt"]
+        prompt = row.get("prompt", PROMPT_OF_ENVIRONMENTS)
         try:
             values = self.function(row)
         except Exception as error:
@@ -207,7 +208,7 @@ class FunctionSource(DemonstrationSource):
                 "assistant message, or a luffy_trl.demonstrations.Demonstration), or None."
             )
         named = [(value, f"{where}[{i}]") for i, value in enumerate(values or [])]
-        return [(self.encoder.encode(value, row, name), name) for value, name in named]
+        return [(self.encoder.encode(value, {"prompt": prompt} | row, name), name) for value, name in named]
 
 
 class ReplaySource(DemonstrationSource):
