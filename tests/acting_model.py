@@ -34,7 +34,7 @@ def chain_rows(guided: list[bool]) -> Dataset:
 
 
 def save_acting_model(directory: Path) -> Path:
-    from tests.conftest import save_tiny_qwen2
+    from .conftest import save_tiny_qwen2
 
     tokenizer = build_chain_tokenizer()
     save_tiny_qwen2(directory, tokenizer, max_position_embeddings=128, initializer_range=0.1)

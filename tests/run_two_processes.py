@@ -47,7 +47,7 @@ def spoken_reward(completions: list, **kwargs) -> list[float]:
 
 
 def trajectories() -> dict:
-    """What a trainer gets for the letter chain, on which the prompts of one process call a tool, the other's do not."""
+    """Of the letter chain. The rollouts of the first process call a tool, the other's do not."""
     from acting_model import chain_rows  # beside this script
 
     return {"reward_funcs": spoken_reward, "train_dataset": chain_rows(GUIDED), "environment_factory": Links}
