@@ -11,11 +11,13 @@ from transformers.utils import get_json_schema
 from trl.chat_template_utils import get_training_chat_template, llama3_1_chat_template, qwen3_chat_template
 
 from luffy_trl import LuffyConfig, LuffyTrainer
-from luffy_trl.demonstrations.encoding import DemonstrationEncoder, demonstrations_of
+from luffy_trl.commands.sft import to_prompt_completion
+from luffy_trl.demonstrations.encoding import DemonstrationEncoder, demonstrations_of, encode_dataset
 from luffy_trl.tasks.letter_chain import Links, letter_chain_reward
 
 from .acting_model import chain_of, chain_rows
 from .conftest import SMALL_RUN
+from .test_docs import DOCS, blocks
 
 
 CHATML = """\
@@ -235,6 +237,27 @@ def test_log_probs_are_of_the_policys_tokens(chatml):
     assert demonstration.logps == [-1.0 * is_own for is_own in whole.tool_mask()]
     with pytest.raises(ValueError, match=f"Row 0: `completion_logps` has {len(whole.token_ids)} values, .* {own} tok"):
         encoder(batch | {"completion_logps": [[-1.0] * len(whole.token_ids)]}, [0])
+
+
+def test_the_example_of_the_documentation(chatml):
+    name = "test_the_example_of_the_documentation"
+    [code] = [code for _, value, _, code in blocks(DOCS / "data.md") if value.endswith(name)]
+    names: dict = {}
+    exec(code, names)
+    rows = encode_dataset(names["dataset"], encoder_of(chatml(CHATML)))
+    [demonstration] = demonstrations_of(rows[0])
+    assert own_text(chatml(CHATML), demonstration)[-1] == "It is 12.<|im_end|>"
+    assert list(demonstration.messages) == TWO_CALLS
+
+
+def test_sft_takes_them_where_it_trains_assistants_alone(chatml):
+    rows = [{"prompt": PROMPT, "completion": messages, "tools": "[]"} for messages in (None, TWO_CALLS, [said("12")])]
+    dataset = Dataset.from_list(rows, on_mixed_types="use_json")
+    with pytest.raises(ValueError, match="Row 1: `completion` is a trajectory: set --assistant_only_loss true"):
+        to_prompt_completion(dataset)
+    taken = to_prompt_completion(dataset, takes_trajectories=True)
+    assert taken["completion"][:] == [TWO_CALLS, [said("12")]]
+    assert taken["tools"][:] == ["[]", "[]"]
 
 
 # In the trainer

@@ -91,12 +91,14 @@ def hide_demonstrations(
             size. (KL and entropy bonus are not: they stay averages over the rollouts' tokens.)
     """
     off_policy_mask = batch["off_policy_mask"]  # (B, T)
-    hidden_too = ~counted(batch) | off_policy_mask  # what tools and users wrote is nobody's
-    hidden = {**batch, "tool_mask": (~hidden_too).long()}
+    not_sampled = off_policy_mask
+    if "tool_mask" in batch:  # what tools and users wrote is nobody's, in demonstrations too
+        not_sampled = not_sampled | ~batch["tool_mask"].bool()
+    hidden = {**batch, "tool_mask": (~not_sampled).long()}
     hidden["advantages"] = batch["advantages"].unsqueeze(1) * (seen_denominator / whole_denominator)  # (B, 1)
     for key, harmless in (("old_per_token_logps", 0.0), ("ref_per_token_logps", BELOW_ALL_LOGPS)):
         if key in batch:
-            hidden[key] = batch[key].masked_fill(hidden_too, harmless)
+            hidden[key] = batch[key].masked_fill(not_sampled, harmless)
     return hidden
 
 
