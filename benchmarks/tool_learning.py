@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, PrinterCallback
 from luffy_trl import LuffyConfig, LuffyTrainer
 from luffy_trl.commands.comparison import GROUP_SIZE, METHODS, PROMPTS_PER_STEP
 from luffy_trl.tasks.letter_chain import (
-    MAX_COMPLETION_LENGTH,
+    MAX_TRAJECTORY_LENGTH,
     Links,
     chains_to_dataset,
     letter_chain_reward,
@@ -57,7 +57,7 @@ def execute(method: str, seed: int, steps: int, bases: Path) -> dict[str, Any]:
                 output_dir=directory,
                 num_generations=GROUP_SIZE,
                 per_device_train_batch_size=PROMPTS_PER_STEP * GROUP_SIZE,
-                max_completion_length=MAX_COMPLETION_LENGTH,
+                max_completion_length=MAX_TRAJECTORY_LENGTH,
                 max_steps=steps,
                 learning_rate=LEARNING_RATE,
                 lr_scheduler_type="constant",

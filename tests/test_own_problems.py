@@ -178,7 +178,7 @@ def test_the_model_is_given_the_tokens_that_the_trainer_gives_it(
         bos = ("<|im_start|>", tokenizer.bos_token_id)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
         tokenizer.chat_template = "Q: " + tokenizer.chat_template
-    tokenizer.chat_template = "{{ tools | tojson if tools }}" + tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template + "{{ tools | tojson if tools }}"
     tokenizer.save_pretrained(model)
     contexts = []
     generate = HuggingFaceBackend._model_generate

@@ -34,7 +34,7 @@ from .checks import (
 )
 from .config import LuffyConfig
 from .demonstrations.acting import TrajectoriesMixin
-from .demonstrations.encoding import ROW_COLUMN, DemonstrationEncoder, without_demonstrations
+from .demonstrations.encoding import ROW_COLUMN, without_demonstrations
 from .demonstrations.placement import (
     Generation,
     behavior_logps,
@@ -102,12 +102,10 @@ class LuffyTrainer(
     - `_save_own_state`, `_load_own_state`: the replay buffer goes into checkpoints;
     - `_recipe`, `_resumed_with`: the model card gives the fields that were given, and what a resumption changed.
 
-    One parent, [`~luffy_trl.demonstrations.acting.TrajectoriesMixin`], replays demonstrations of several turns. The
-    others know nothing of LUFFY: [`~luffy_trl.padding.mixin.PaddingFreeMixin`] leaves out padding,
-    [`~luffy_trl.runs.best.BestByRewardMixin`] chooses the best model by the reward,
-    [`~luffy_trl.runs.evaluations.EvaluationSetsMixin`] keeps the metrics of several evaluation sets apart,
-    [`~luffy_trl.runs.mixin.WholeCheckpointMixin`] writes checkpoints that are whole or not there,
-    [`~luffy_trl.hub.mixin.HubPushMixin`] pushes.
+    Its parents know nothing of LUFFY, but for `TrajectoriesMixin`, which replays demonstrations of several turns:
+    `PaddingFreeMixin` leaves out padding, `BestByRewardMixin` chooses the best model by the reward, `EvaluationSetsMixin`
+    keeps the metrics of several evaluation sets apart, `WholeCheckpointMixin` writes checkpoints that are whole or not
+    there, `TokenBudgetMixin` counts tokens, `HubPushMixin` pushes.
 
     What is added to TRL's batch, by `_generate_and_score_completions` (B rows, T completion tokens):
 
@@ -410,11 +408,7 @@ class LuffyTrainer(
 
     def _open_source(self, dataset):
         """The source of demonstrations, and the dataset with the columns that it needs."""
-        args, accelerator = self.args, self.accelerator
-        tokenizer, ends, longest = self.processing_class, self.eos_token_ids, self.max_completion_length
-        options, tools = self._template_options(), self._tools_of_rows()
-        cut = args.prefix_strategy != "fixed" or args.prefix_max < 1
-        encoder = DemonstrationEncoder(tokenizer, ends, longest, args.demonstration_overflow, options, tools, cut)
+        args, accelerator, encoder = self.args, self.accelerator, self._encoder()
         first = accelerator.main_process_first()
         source, prepared = open_source(dataset, encoder, args, accelerator.num_processes, first)
         for message in source_warnings(dataset, prepared, encoder, args):

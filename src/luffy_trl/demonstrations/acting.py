@@ -3,14 +3,19 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
+from .encoding import DemonstrationEncoder
 from .placement import Generation, tool_masks
 from .rendering import Tools, schemas, tools_of
+
+
+if TYPE_CHECKING:
+    from ..config import LuffyConfig
 
 
 logger = get_logger(__name__)
@@ -35,16 +40,24 @@ class TrajectoriesMixin(GRPOTrainer):
     _rows_under_way: list[dict[str, Any]] | None = None
     _acts = False
 
-    def _tools_of_rows(self) -> Tools:
-        """What the prompts of this run are rendered with."""
-        if self.environment_factories is None:
-            return Tools(schemas(self.tools))
-        return Tools(of_environments={name: schemas(tools) for name, tools in self._env_tools.items()})
-
-    def _template_options(self) -> dict[str, Any]:
-        """What they are rendered with beside their tools: TRL trades a template that rewrites history for another."""
+    def _encoder(self) -> DemonstrationEncoder:
+        """Makes demonstrations of what rollouts are made of: the same template, and the same tools in it."""
+        args: LuffyConfig = self.args
+        # TRL trades a template that rewrites history for another
         template = {} if self.chat_template is None else {"chat_template": self.chat_template}
-        return {**self.chat_template_kwargs, **template}
+        if self.environment_factories is None:
+            tools = Tools(schemas(self.tools))
+        else:
+            tools = Tools(of_environments={name: schemas(own) for name, own in self._env_tools.items()})
+        return DemonstrationEncoder(
+            self.processing_class,
+            self.eos_token_ids,
+            self.max_completion_length,
+            args.demonstration_overflow,
+            {**self.chat_template_kwargs, **template},
+            tools,
+            gives_prefixes=args.prefix_strategy != "fixed" or args.prefix_max < 1,
+        )
 
     def _generate_and_score_completions(self, inputs):
         self._rows_under_way = inputs

@@ -23,7 +23,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from .rendering import Tools, brief, end_of_turn, rendered_prompt, without_repeated_opening
-from .trajectories import Message, Span, TrajectoryEncoder, is_trajectory
+from .trajectories import ChatMessage, Span, TrajectoryEncoder, is_trajectory
 
 
 SOURCE_COLUMNS = ("completion", "demonstrations", "completion_logps")
@@ -66,7 +66,7 @@ class Demonstration:
     logps: list[float] | None = None
     continued: bool = False
     context: Sequence[Span] = ()
-    messages: Sequence[Message] = ()
+    messages: Sequence[ChatMessage] = ()
 
     def prefix(self, ratio: float) -> "Demonstration | None":
         """The first part, `ratio` of the tokens rounded down; all of it is the demonstration itself, nothing None."""
@@ -222,7 +222,7 @@ class DemonstrationEncoder:
                 encoded[-1].append((_with_logps(demonstration, row.get("completion_logps"), where), where))
         return encoded
 
-    def _trajectory(self, value: list[Message], row: dict[str, Any], where: str) -> Demonstration:
+    def _trajectory(self, value: list[ChatMessage], row: dict[str, Any], where: str) -> Demonstration:
         if self.gives_prefixes:
             raise ValueError(
                 f"{where} is a trajectory, which is replayed whole: leave prefix_strategy, prefix_min and prefix_max "

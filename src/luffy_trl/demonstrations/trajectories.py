@@ -19,11 +19,11 @@ from trl.chat_template_utils import get_training_chat_template
 from .rendering import brief, rendered_prompt, without_nones
 
 
-Message = dict[str, Any]
+ChatMessage = dict[str, Any]
 Span = tuple[int, int]  # of tokens: from, to before
 
 BETWEEN = ("tool", "user")  # roles, beside the assistant's
-SHOWN = 40  # characters of a text in messages
+QUOTED = 40  # characters of a text in messages
 EXPECTED_CALL = "{'type': 'function', 'function': {'name': ..., 'arguments': {...}}}"
 
 
@@ -50,8 +50,8 @@ class TrajectoryEncoder:
         self.training_template = _training_template(processing_class)
 
     def __call__(
-        self, value: list[Message], prompt: Any, chat_template_kwargs: dict[str, Any], where: str
-    ) -> tuple[list[int], list[Span], list[Message]]:
+        self, value: list[ChatMessage], prompt: Any, chat_template_kwargs: dict[str, Any], where: str
+    ) -> tuple[list[int], list[Span], list[ChatMessage]]:
         """Token ids, which of them are not the policy's, and the messages as reward functions get them.
 
         Raises:
@@ -77,7 +77,7 @@ class TrajectoryEncoder:
             ids += piece
         return ids, context, messages
 
-    def _training_options(self, prompt: list[Message], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def _training_options(self, prompt: list[ChatMessage], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """With TRL's template for training, where there is one and rollouts begin as under the model's own."""
         if self.training_template is None or "chat_template" in kwargs:
             return None
@@ -86,7 +86,7 @@ class TrajectoryEncoder:
         return options if own == other else None
 
     def _pieces(
-        self, messages: list[Message], prompt: list[Message], kwargs: dict[str, Any], where: str
+        self, messages: list[ChatMessage], prompt: list[ChatMessage], kwargs: dict[str, Any], where: str
     ) -> Iterator[tuple[str, bool]]:
         """The texts behind the rendered prompt, and whether they are the policy's."""
         render = self._renderer(prompt, kwargs, where)
@@ -115,9 +115,9 @@ class TrajectoryEncoder:
             yield given, False
 
     def _renderer(
-        self, prompt: list[Message], kwargs: dict[str, Any], where: str
-    ) -> Callable[[list[Message], bool], str]:
-        def render(messages: list[Message], opens_turn: bool) -> str:
+        self, prompt: list[ChatMessage], kwargs: dict[str, Any], where: str
+    ) -> Callable[[list[ChatMessage], bool], str]:
+        def render(messages: list[ChatMessage], opens_turn: bool) -> str:
             conversation = [*prompt, *messages]
             try:
                 return rendered_prompt(self.processing_class, conversation, kwargs, add_generation_prompt=opens_turn)
@@ -148,7 +148,7 @@ class TrajectoryEncoder:
         return text[: start + len(end)]
 
 
-def checked_messages(value: list[Message], where: str) -> list[Message]:
+def checked_messages(value: list[ChatMessage], where: str) -> list[ChatMessage]:
     """The messages of a trajectory, without the keys that only other messages have, calls as TRL has them.
 
     Raises:
@@ -160,13 +160,13 @@ def checked_messages(value: list[Message], where: str) -> list[Message]:
         if role not in (("assistant",) if is_last else ("assistant", *BETWEEN)) or role == following == "assistant":
             raise ValueError(
                 f"{where} is a list with roles {roles}; expected a str, a list with exactly one assistant message, or "
-                "a trajectory: assistant messages, with tool or user messages after each but the last. Message "
+                "a trajectory: assistant messages, with tool or user messages after each but the last. ChatMessage "
                 f"{number} breaks that. The messages before the first go in `prompt`."
             )
     return [_checked_message(message, f"{where}, message {number}") for number, message in enumerate(value)]
 
 
-def _checked_message(message: Message, where: str) -> Message:
+def _checked_message(message: ChatMessage, where: str) -> ChatMessage:
     message = without_nones({key: part for key, part in message.items() if key != "tool_calls"}) | (
         {"tool_calls": [_checked_call(call, where) for call in message["tool_calls"]]}
         if message.get("tool_calls")
@@ -203,7 +203,7 @@ def _checked_call(call: Any, where: str) -> dict[str, Any]:
 # That nothing was left out or written otherwise
 
 
-def _check_said(message: Message, text: str, where: str) -> None:
+def _check_said(message: ChatMessage, text: str, where: str) -> None:
     said = {key: part for key, part in message.items() if key in ("content", "reasoning_content", "thinking")}
     if "</think>" in message["content"]:  # templates set blanks around a thought
         said["content"] = message["content"].replace("<think>", "")
@@ -216,22 +216,22 @@ def _check_said(message: Message, text: str, where: str) -> None:
                 raise ValueError(_left_out(f"the call of {call['function']['name']}", part, where))
 
 
-def _check_given(message: Message, text: str, where: str) -> None:
+def _check_given(message: ChatMessage, text: str, where: str) -> None:
     if not _holds(text, message["content"]):
         raise ValueError(_left_out("`content`", message["content"], where))
 
 
 def _left_out(what: str, part: str, where: str) -> str:
     return (
-        f"{where}: the chat template leaves out or changes {what}, of which {part[:SHOWN]!r} is not in what it "
+        f"{where}: the chat template leaves out or changes {what}, of which {part[:QUOTED]!r} is not in what it "
         "renders: write the message as the template does, or give the model a template that takes it whole."
     )
 
 
 def _rewritten(so_far: str, now: str, where: str) -> str:
     start = next((i for i, (a, b) in enumerate(zip(so_far, now, strict=False)) if a != b), min(len(so_far), len(now)))
-    start = max(start - SHOWN // 4, 0)
-    was, becomes = (text[start : start + SHOWN] for text in (so_far, now))
+    start = max(start - QUOTED // 4, 0)
+    was, becomes = (text[start : start + QUOTED] for text in (so_far, now))
     return (
         f"{where}: the chat template writes it otherwise once other messages follow ({was!r} becomes {becomes!r}), as "
         "templates do that strip thoughts from history, so a policy would not read there what it has written: take "
@@ -265,7 +265,7 @@ def _squeezed(text: str) -> str:
 
 
 def _end(text: str) -> str:
-    return text[-SHOWN:]
+    return text[-QUOTED:]
 
 
 def _training_template(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> str | None:

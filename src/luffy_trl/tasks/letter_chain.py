@@ -27,10 +27,10 @@ from .letter_walk import AT_ONCE, EOS_TOKEN, LETTERS, PAD_TOKEN, STEP_BY_STEP
 END = "."  # what the tool answers of the last letter
 UNKNOWN = "?"  # and of what is no letter
 MIN_LINKS, MAX_LINKS = 1, 3  # of a chain
-MAX_COMPLETION_LENGTH = 32  # tokens; the longest trajectory has 31, what the tool answers and EOS included
+MAX_TRAJECTORY_LENGTH = 32  # tokens; the longest trajectory has 31, what the tool answers and EOS included
 CALL, OPENED = "follow(letter=", "|"  # one token; what opens an assistant's turn
 
-CHAT_TEMPLATE = (
+CHAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'assistant' %}|{% generation %}{{ message.content }}{% for call in message.tool_calls %}"
     "{{ call.function.name }}({% for name, value in call.function.arguments.items() %}{{ name }}={{ value }}"
@@ -141,7 +141,7 @@ def build_chain_tokenizer() -> PreTrainedTokenizerBase:
         eos_token=EOS_TOKEN,
         pad_token=PAD_TOKEN,
         padding_side="left",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=CHAIN_TEMPLATE,
     )
     tokenizer.add_tokens([CALL])
     tokenizer.response_template = RESPONSE_TEMPLATE

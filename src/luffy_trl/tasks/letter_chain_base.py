@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from .letter_chain import (
     CALL,
     END,
-    MAX_COMPLETION_LENGTH,
+    MAX_TRAJECTORY_LENGTH,
     OPENED,
     Chain,
     Links,
@@ -22,7 +22,7 @@ from .letter_walk import AT_ONCE, EOS_TOKEN, STEP_BY_STEP
 from .letter_walk_base import IGNORED, build_model, train_base
 
 
-CHAIN_STEPS = 300
+CHAIN_STEPS = 450
 MIN_FOLLOWING_ACCURACY = 0.95
 FOLLOWING_SHARE = 0.6  # of the pretraining rows; the others stop early
 MAX_TURNS = 5
@@ -48,7 +48,8 @@ class ChainRows(IterableDataset):
             yield self._row([AT_ONCE, chain.letters[0], OPENED, *before], [(stopped, True)])
 
     def _row(self, context: list[str], pieces: list[tuple[list[str], bool]]) -> dict[str, list[int]]:
-        ids, labels = [], []
+        ids: list[int] = []
+        labels: list[int] = []
         for piece, is_own in [(context, False), *pieces]:
             tokens = [self.ids[token] for token in piece]
             ids += tokens
@@ -103,7 +104,7 @@ def chain_accuracy(
     under_way = list(range(len(problems)))
     for _ in range(MAX_TURNS):
         inputs = tokenizer([texts[i] for i in under_way], return_tensors="pt", padding=True).to(model.device)
-        ids = model.generate(**inputs, max_new_tokens=MAX_COMPLETION_LENGTH // 4, do_sample=False, synced_gpus=False)
+        ids = model.generate(**inputs, max_new_tokens=MAX_TRAJECTORY_LENGTH // 4, do_sample=False, synced_gpus=False)
         said = tokenizer.batch_decode(ids[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
         acting = []
         for i, text in zip(under_way, said, strict=True):
