@@ -139,6 +139,7 @@ bench: $(VENV)/installed
 # Goes on where it was stopped: remove outputs/learning to start anew
 bench-learning: $(VENV)/installed
 	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/tool_learning.py
 
 $(VENV)/installed-lm: $(VENV)/installed-smollm2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval]' pytest

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from luffy_trl import LuffyConfig, LuffyTrainer
+from luffy_trl.tasks.letter_chain import Links
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
 
@@ -36,13 +37,31 @@ def dataset(guided: list[bool]) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def make_trainer(model_dir: str, output_dir: str, rows: int, reward=letters_reward, **options) -> LuffyTrainer:
+# demonstrations on the first process only, on both, on the second only, on none
+GUIDED = [True] * 2 + [False] * 2 + [True] * 4 + [False] * 2 + [True] * 2 + [False] * 4
+
+
+def spoken_reward(completions: list, **kwargs) -> list[float]:
+    """Of every message, what tools have answered included."""
+    return letters_reward([json.dumps(completion) for completion in completions])
+
+
+def trajectories() -> dict:
+    """Of the letter chain. The rollouts of the first process call a tool, the other's do not."""
+    from acting_model import chain_rows  # beside this script
+
+    return {"reward_funcs": spoken_reward, "train_dataset": chain_rows(GUIDED), "environment_factory": Links}
+
+
+def make_trainer(
+    model_dir: str, output_dir: str, rows: int, reward=letters_reward, acts: bool = False, **options
+) -> LuffyTrainer:
     """A trainer on greedy rollouts, for `rows` rows a micro-batch over all processes together."""
     args = LuffyConfig(
         output_dir=output_dir,
         num_generations=4,
         per_device_train_batch_size=rows // int(os.environ.get("WORLD_SIZE", "1")),
-        max_completion_length=16,
+        max_completion_length=24 if acts else 16,
         max_steps=4,
         learning_rate=1e-3,
         logging_steps=1,
@@ -55,14 +74,9 @@ def make_trainer(model_dir: str, output_dir: str, rows: int, reward=letters_rewa
         disable_tqdm=True,
         **options,
     )
-    return LuffyTrainer(
-        model_dir,
-        reward,
-        args,
-        # demonstrations on the first process only, on both, on the second only, on none
-        train_dataset=dataset([True] * 2 + [False] * 2 + [True] * 4 + [False] * 2 + [True] * 2 + [False] * 4),
-        processing_class=AutoTokenizer.from_pretrained(model_dir),
-    )
+    data = trajectories() if acts else {"reward_funcs": reward, "train_dataset": dataset(GUIDED)}
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    return LuffyTrainer(model_dir, args=args, processing_class=tokenizer, **data)
 
 
 def leave(trainer: LuffyTrainer) -> None:

@@ -35,6 +35,8 @@ OPTIONS = {
         "beta": 0.1,
         "temperature": 0.7,
     },
+    # the first process's rollouts act, and sampling is collective under ZeRO-3
+    "trajectories": {"rows": 16, "acts": True, "beta": 0.1},
     # processes have rows of other lengths, and other numbers of rows that have an advantage
     "a budget of tokens": {
         "rows": 4,
@@ -48,7 +50,7 @@ OPTIONS = {
 
 # Whether rows are left out, which are another process's fill -> metrics that are the same on any number of processes
 COMPARED = {
-    False: ("on_policy/", "off_policy/", "groups/"),
+    False: ("on_policy/", "off_policy/", "groups/", "tools/"),
     True: ("on_policy/reward", "on_policy/length", "off_policy/reward", "off_policy/length", "groups/"),
 }
 
@@ -79,13 +81,19 @@ def train(config: Path, processes: int, model_dir: Path, output_dir: Path, optio
 
 
 @pytest.fixture(scope="module")
-def one_process(tiny_model_dir, tmp_path_factory):
+def model_of(tiny_model_dir, acting_model):
+    """The model that a set of options is tried on."""
+    return lambda name: acting_model if name == "trajectories" else tiny_model_dir
+
+
+@pytest.fixture(scope="module")
+def one_process(model_of, tmp_path_factory):
     """What one process logs and saves, per set of options."""
     directory = tmp_path_factory.mktemp("one")
 
     @cache
     def run(name: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
-        log = train(CONFIGS / "cpu.yaml", 1, tiny_model_dir, directory / name, OPTIONS[name])
+        log = train(CONFIGS / "cpu.yaml", 1, model_of(name), directory / name, OPTIONS[name])
         return log, load_file(directory / name / "model.safetensors")
 
     return run
@@ -114,12 +122,13 @@ def fsdp2_on_cpu(tmp_path) -> Path:
         ("ddp", "a budget of tokens"),
         ("fsdp2", "a budget of tokens"),
         ("zero3", "a budget of tokens"),
+        ("zero3", "trajectories"),
     ],
 )
-def test_two_processes_equal_one(backend, name, one_process, fsdp2_on_cpu, tiny_model_dir, tmp_path):
+def test_two_processes_equal_one(backend, name, one_process, fsdp2_on_cpu, model_of, tmp_path):
     config = {"ddp": CONFIGS / "cpu.yaml", "fsdp2": fsdp2_on_cpu, "zero3": CONFIGS / "cpu_zero3.yaml"}[backend]
     expected, expected_weights = one_process(name)
-    log = train(config, 2, tiny_model_dir, tmp_path / "two", OPTIONS[name])
+    log = train(config, 2, model_of(name), tmp_path / "two", OPTIONS[name])
     assert [line["groups/guided"] for line in log] == [0.5, 1.0, 0.5, 0.0]
     for line, expected_line in zip(log, expected, strict=True):
         assert line["loss"] == pytest.approx(expected_line["loss"], abs=1e-4)

@@ -108,11 +108,22 @@ def _check_no_images_are_skipped(columns: list[str]) -> None:
 
 
 def _check_options_beside_demonstrations(arguments: dict[str, Any], args: LuffyConfig) -> None:
-    for option in ("tools", "rollout_func", "environment_factory"):
-        if arguments.get(option):
+    if arguments.get("rollout_func"):
+        raise ValueError(
+            "`rollout_func` cannot be combined with demonstrations: it makes all of a group's completions itself. Set "
+            "num_demonstrations=0, or give `tools` or an `environment_factory` in its place."
+        )
+    if arguments.get("train_dataset") is None and args.demonstration_source == "dataset":
+        raise ValueError(
+            "`train_dataset` is missing, and with it the demonstrations. Give prompts and demonstrations, beside an "
+            "`environment_factory` too, or a function as demonstration_source, or set num_demonstrations=0."
+        )
+    for option in ("tools", "environment_factory"):
+        if arguments.get(option) and args.demonstration_source == "replay":
             raise ValueError(
-                f"`{option}` cannot be combined with demonstrations: what a tool or an environment would have "
-                f"answered to them is not known. Set num_demonstrations=0, or leave `{option}` out."
+                f"`{option}` cannot be combined with demonstration_source='replay': its buffer keeps the policy's "
+                "tokens, and not what tools have answered between them. Record trajectories in the dataset, or leave "
+                f"`{option}` out."
             )
     if args.demonstration_source == "replay" and isinstance(arguments.get("train_dataset"), IterableDataset):
         raise ValueError(
@@ -187,7 +198,9 @@ def check_against_model(
     if arguments.get("rollout_func") is not None:  # it may take prompts of any kind
         return []
     window = args.vllm_max_model_length if args.use_vllm else None
-    reader = Reader(processing_class, config, args.chat_template_kwargs or {}, window)
+    tools = arguments.get("tools")
+    options = (args.chat_template_kwargs or {}) | ({"tools": list(tools)} if tools else {})
+    reader = Reader(processing_class, config, options, window)
     messages = []
     for name, dataset in named_datasets(arguments).items():
         if "prompt" in column_names(dataset):
@@ -364,6 +377,8 @@ def source_warnings(
     if args.demonstration_source != "dataset":
         return []
     is_table = isinstance(encoded, Dataset)
+    if "prompt" not in column_names(dataset):  # an environment makes them
+        return check_encoded(encoded, encoder.max_length, args.demonstration_overflow) if is_table else []
     messages = check_encoded(encoded, encoder.max_length, args.demonstration_overflow) if is_table else []
     return messages + disagreements(encoder.processing_class, dataset.take(LOOKED_AT), encoder.chat_template_kwargs)
 
