@@ -11,7 +11,7 @@ from .demonstrations.schedules import PREFIX_STRATEGIES
 from .demonstrations.sources import SOURCES, get_source_function, register_source
 from .hub.mixin import HubPushConfig
 from .objective import IMITATIONS, LOSS_TYPES
-from .padding.mixin import PaddingFreeConfig
+from .padding.config import PaddingFreeConfig
 from .runs.best import choose_by_reward
 from .runs.budget import TokenBudgetConfig
 from .runs.recipe import given_fields
@@ -184,7 +184,7 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, GuidanceConfig, PaddingFr
             "help": "Order rows by length within each optimizer step and cut every micro-batch to its own longest "
             "row, where TRL pads all to the longest of a generation. Does not change a step's loss (except what is "
             "computed a micro-batch: 'bnpo', an entropy bonus, top_entropy_quantile < 1, a mixture of experts' "
-            "auxiliary loss). Default: on with demonstrations, off "
+            "auxiliary loss). Default: on with demonstrations or tokens_per_micro_batch, off "
             "without, so that num_demonstrations=0 is GRPO bit for bit."
         },
     )
@@ -193,7 +193,7 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, GuidanceConfig, PaddingFr
         self.given = given_fields(self)  # the recipe on the model card: before anything is derived
         self.given.pop("hub_token", None)
         if self.trim_padding is None:
-            self.trim_padding = self.num_demonstrations > 0
+            self.trim_padding = self.num_demonstrations > 0 or self.tokens_per_micro_batch is not None
         self._check_names()
         self._check_ranges()
         self._check_combinations()
@@ -247,6 +247,13 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, GuidanceConfig, PaddingFr
             raise ValueError(
                 f"skip_zero_advantages=True cannot be combined with {imitates}: demonstrations are trained without an "
                 "advantage there. Set it to False."
+            )
+        is_apart = self.demonstration_loss in IMITATIONS or self.demonstration_average != "joint"
+        if is_apart and self.loss_type == "bnpo" and self.tokens_per_micro_batch is not None:
+            raise ValueError(
+                f"tokens_per_micro_batch={self.tokens_per_micro_batch} cannot be combined with loss_type='bnpo', "
+                f"{imitates} and demonstration_average={self.demonstration_average!r}: losses are there means over the "
+                "tokens of one of TRL's micro-batches. Take loss_type='dapo', whose mean is over all tokens."
             )
         if self.num_demonstrations == 0 and self.demonstration_source != "dataset":
             raise ValueError(

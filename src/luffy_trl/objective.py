@@ -145,7 +145,8 @@ def token_denominator(
         ValueError: if the loss type is none of TRL's.
     """
     batch_size = mask.size(0)
-    rows = torch.as_tensor(batch_size if rows is None else rows, dtype=torch.float32, device=mask.device)
+    if not isinstance(rows, torch.Tensor):  # filled on the device: nothing is copied there, which would wait
+        rows = torch.full((), float(batch_size if rows is None else rows), device=mask.device)
     if loss_type in ("grpo", "sapo"):  # mean over a row's tokens, then over rows
         return mask.sum(-1, keepdim=True).clamp(min=1.0) * rows
     elif loss_type == "bnpo":  # mean over the micro-batch's tokens
@@ -161,6 +162,9 @@ def token_denominator(
     return denominator.expand(batch_size, 1)
 
 
+ITEM_KEYS = ("on_policy_tokens", "on_policy_rows", "off_policy_tokens", "off_policy_rows")
+
+
 def items_in_batch(given: torch.Tensor, written: torch.Tensor, counts: torch.Tensor) -> dict[str, torch.Tensor]:
     """Tokens and rows of rollouts, and of the demonstrations that count, in a generation: one number each.
 
@@ -170,12 +174,10 @@ def items_in_batch(given: torch.Tensor, written: torch.Tensor, counts: torch.Ten
     """
     off = torch.minimum(given, written) * counts  # (N,)
     on = (written - given).clamp(min=0)  # (N,)
-    return {
-        "on_policy_tokens": on.sum(),
-        "on_policy_rows": ((given == 0) | (on > 0)).sum(),  # as TRL, with those that are masked for their length
-        "off_policy_tokens": off.sum(),
-        "off_policy_rows": (off > 0).sum(),
-    }
+    # on-policy rows as TRL counts, with those that are masked for their length
+    counted = (on.sum(), ((given == 0) | (on > 0)).sum(), off.sum(), (off > 0).sum())
+    # Where there is nothing to average, any positive number will do
+    return {key: number.clamp(min=1) for key, number in zip(ITEM_KEYS, counted, strict=True)}
 
 
 def denominators(
@@ -189,7 +191,8 @@ def denominators(
     """What TRL divides a rollout token's loss by, and what that and a demonstration token's are to be divided by.
 
     Args:
-        batch: `completion_mask` and `off_policy_mask` `(B, T)`; unless the average is "joint", also `items_in_batch`.
+        batch: `completion_mask` and `off_policy_mask` `(B, T)`; unless the average is "joint", also of
+            `items_in_batch`.
         average: "joint", both by D of all tokens, LUFFY's; else the rollouts by D of the rollouts, as in CHORD (arXiv
             2508.11408, Eqs. 1 to 3) and AMPO (arXiv 2510.02227, Eq. 7), and the demonstrations by their number of
             tokens, "token", CHORD's, or each by its own number of tokens and all by their number, "sequence", AMPO's.
@@ -205,9 +208,7 @@ def denominators(
     if average == "joint":
         whole = divided_by(mask, mean_tokens=mean_tokens)
         return seen, whole, whole
-    # Where there is nothing to average, any positive number will do
-    tokens, rows = (batch[key].clamp(min=1) / micro_batches for key in ("on_policy_tokens", "on_policy_rows"))
+    tokens, rows, off_tokens, off_rows = (batch[key] / micro_batches for key in ITEM_KEYS)
     on = divided_by(mask & ~off_policy, mean_tokens=tokens, rows=rows)
-    tokens, rows = (batch[key].clamp(min=1) / micro_batches for key in ("off_policy_tokens", "off_policy_rows"))
     like = {"token": "dapo", "sequence": "grpo"}[average]
-    return seen, on, token_denominator(like, off_policy, max_completion_length, tokens, rows)
+    return seen, on, token_denominator(like, off_policy, max_completion_length, off_tokens, off_rows)

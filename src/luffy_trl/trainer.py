@@ -49,6 +49,7 @@ from .hub.mixin import HubPushMixin
 from .metrics import ColdStart, Means, Stopwatch, cold_start_sums, group_metrics, length_sums, source_sums, token_sums
 from .objective import (
     IMITATIONS,
+    ITEM_KEYS,
     demonstration_term,
     denominators,
     hide_demonstrations,
@@ -141,6 +142,7 @@ class LuffyTrainer(
     )
     _card_curves = {"rollouts": "on_policy/", "demonstrations": "off_policy/"}
     _completion_keys = (*PaddingFreeMixin._completion_keys, "off_policy_mask", "behavior_logps")
+    _count_keys = (*PaddingFreeMixin._count_keys, *ITEM_KEYS)
 
     args: LuffyConfig
     reward_funcs: list[Callable]
@@ -182,7 +184,7 @@ class LuffyTrainer(
             self._source, self.train_dataset = self._open_source(self.train_dataset)
             # Past solutions of the policy itself were sampled at this temperature
             temperature = 1.0 if self._source.uses_rollouts else self.temperature
-            self._at_one = DemonstrationsAtOne(self.model, temperature, args.cast_lm_head_to_fp32)
+            self._at_one = DemonstrationsAtOne(self.model, temperature, args.cast_lm_head_to_fp32, self._laid_out)
 
     # 1. Place demonstrations; let TRL sample and grade the rest; credit and annotate
 
