@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 
 FOLDER = Path(__file__).parent
-TIMEOUT = 360  # seconds for one cell
+TIMEOUT = 900  # seconds for one cell, on a busy machine too
 
 
 def worth_keeping(output: nbformat.NotebookNode) -> bool:

@@ -41,12 +41,13 @@ TASK = "reasoning_gym:chain_sum,min_terms=3,max_terms=3,max_digits=1"
 WARM_PROBLEMS, WARM_STEPS, WARM_RATE = 60, 15, 1e-4
 PROBLEMS, TEST_PROBLEMS = 200, 96
 RATE = 3e-5
-ROWS = 16  # of a step: 2 problems, 7 answers and a demonstration each
+# A step of 4 problems, with 3 answers and a demonstration to each: groups of 8, as in the paper, take twice the time
+STEP = {"num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
 ANSWER_TOKENS = 32  # demonstrations have up to 27
 EXAMPLES = 3
 TITLES = {"base": "as it is", "SFT": "before LUFFY", "LUFFY": "after LUFFY"}
 GAINED = (
-    "This shows a real model learn from one demonstration beside seven answers of its own. It does not show that\n"
+    "This shows a real model learn from one demonstration beside three answers of its own. It does not show that\n"
     "this way of using demonstrations is the best: `luffy-trl compare` puts others, such as SFT alone, beside it."
 )
 
@@ -183,7 +184,7 @@ def run_lm_demo(
     progress = Progress(titles, every=4)
     luffy = _trained(
         "luffy_on_policy", warm, splits["train"], output_dir / "luffy", seed, steps, RATE, progress,
-        per_device_train_batch_size=ROWS, log_completions=True, num_completions_to_print=0,
+        log_completions=True, num_completions_to_print=0, **STEP,
     )  # fmt: skip
     print("4/4  The saved model, loaded again", flush=True)
     results["LUFFY"] = _measured(luffy, splits["test"])
