@@ -13,7 +13,8 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from luffy_trl.hub.mixin import HubPushConfig, HubPushMixin
-from luffy_trl.padding.mixin import PaddingFreeConfig, PaddingFreeMixin
+from luffy_trl.padding.config import PaddingFreeConfig
+from luffy_trl.padding.mixin import PaddingFreeMixin
 from luffy_trl.runs.checkpoints import UNFINISHED_DIR, checkpoints, damage
 from luffy_trl.runs.evaluations import EvaluationSetsMixin
 from luffy_trl.runs.mixin import WholeCheckpointMixin

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trl import GRPOConfig, GRPOTrainer
 
-from luffy_trl.padding.mixin import PaddingFreeConfig, PaddingFreeMixin
-from luffy_trl.padding.packing import accepted, boundaries
+from luffy_trl.padding.config import PaddingFreeConfig
+from luffy_trl.padding.mixin import PaddingFreeMixin
+from luffy_trl.padding.packing import Layout, accepted
 
 from .conftest import SMALL_RUN
 from .run_two_processes import letters_reward
@@ -191,7 +192,7 @@ def largest_difference(trainer: PaddingFreeTrainer) -> float:
     """Of the trainer's packed forward pass from TRL's padded one, in log-probs; infinite if the model refuses it."""
     ids, mask, width = rows()
     trainer.model.eval()
-    padded = super(PaddingFreeMixin, trainer)._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)[0]
+    padded = GRPOTrainer._get_per_token_logps_and_entropies(trainer, trainer.model, ids, mask, width)[0]
     try:
         packed = trainer._packed_forward(trainer.model, ids, mask, width)[0]
     except ValueError as error:
@@ -369,7 +370,7 @@ def test_boundaries_are_transformers_own():
     mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 1, 1, 1]])
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
     expected = collate([{"input_ids": [5] * length} for length in (3, 1, 4)])
-    ours = boundaries(mask)
+    ours = Layout.of_masks(mask.bool(), 2).boundaries()
     assert ours.keys() == expected.keys() - {"input_ids", "labels", "position_ids"}
     for name, value in ours.items():
         torch.testing.assert_close(value, expected[name])

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 from luffy_trl.padding.micro_batches import drop_zero_advantages, optimizer_steps, order_by_length, trim
-from luffy_trl.padding.packing import pack, unpack
+from luffy_trl.padding.packing import Layout
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
 from .test_trainer import with_demonstrations
@@ -70,11 +70,11 @@ def test_trim_of_rows_that_are_masked_out():
 
 def test_pack_and_unpack():
     ids = torch.tensor([[0, 5, 6, 7], [8, 9, 0, 0], [0, 0, 0, 0]])
-    mask = ids != 0
-    packed, positions = pack(ids, mask)
+    layout = Layout.of_masks(ids != 0, 2)
+    packed = layout.pack(ids)
     assert packed.tolist() == [[5, 6, 7, 8, 9]]
-    assert positions.tolist() == [[0, 1, 2, 0, 1]]
-    assert torch.equal(unpack(packed, mask), ids)
+    assert layout.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    assert layout.unpack(packed).tolist() == [[6, 7], [0, 0], [0, 0]]
 
 
 def test_rows_without_advantage_are_dropped_and_made_up_for():
@@ -218,8 +218,9 @@ def test_packing_depends_on_the_positions(tiny_model_dir):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     padded = model(input_ids=ids).logits
-    packed, positions = pack(ids, torch.ones_like(ids))
-    with_restarts = model(input_ids=packed, position_ids=positions, use_cache=False).logits.view_as(padded)
+    layout = Layout.of_masks(torch.ones_like(ids).bool(), 2)
+    packed = layout.pack(ids)
+    with_restarts = model(input_ids=packed, position_ids=layout.position_ids, use_cache=False).logits.view_as(padded)
     without = model(input_ids=packed, position_ids=torch.arange(8)[None], use_cache=False).logits.view_as(padded)
     torch.testing.assert_close(with_restarts, padded, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(without[0], padded[0], rtol=1e-5, atol=1e-5)

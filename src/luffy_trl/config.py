@@ -10,7 +10,7 @@ from .demonstrations.schedules import PREFIX_STRATEGIES, WEIGHT_SCHEDULES
 from .demonstrations.sources import SOURCES, get_source_function, register_source
 from .hub.mixin import HubPushConfig
 from .objective import LOSS_TYPES
-from .padding.mixin import PaddingFreeConfig
+from .padding.config import PaddingFreeConfig
 from .runs.best import choose_by_reward
 from .runs.budget import TokenBudgetConfig
 from .runs.recipe import given_fields
@@ -194,7 +194,7 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, PaddingFreeConfig, HubPus
             "help": "Order rows by length within each optimizer step and cut every micro-batch to its own longest "
             "row, where TRL pads all to the longest of a generation. Does not change a step's loss (except what is "
             "computed a micro-batch: 'bnpo', an entropy bonus, top_entropy_quantile < 1, a mixture of experts' "
-            "auxiliary loss). Default: on with demonstrations, off "
+            "auxiliary loss). Default: on with demonstrations or tokens_per_micro_batch, off "
             "without, so that num_demonstrations=0 is GRPO bit for bit."
         },
     )
@@ -203,7 +203,7 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, PaddingFreeConfig, HubPus
         self.given = given_fields(self)  # the recipe on the model card: before anything is derived
         self.given.pop("hub_token", None)
         if self.trim_padding is None:
-            self.trim_padding = self.num_demonstrations > 0
+            self.trim_padding = self.num_demonstrations > 0 or self.tokens_per_micro_batch is not None
         self._check_names()
         self._check_ranges()
         self._check_combinations()
@@ -260,6 +260,12 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, PaddingFreeConfig, HubPus
             raise ValueError(
                 "skip_zero_advantages=True cannot be combined with demonstration_loss='sft': demonstrations are "
                 "trained without an advantage there. Set it to False."
+            )
+        if self.demonstration_loss == "sft" and self.loss_type == "bnpo" and self.tokens_per_micro_batch is not None:
+            raise ValueError(
+                f"tokens_per_micro_batch={self.tokens_per_micro_batch} cannot be combined with loss_type='bnpo' and "
+                "demonstration_loss='sft': the demonstrations' loss is there a mean over the tokens of one of TRL's "
+                "micro-batches. Take loss_type='dapo', whose mean is over all tokens."
             )
         if self.num_demonstrations == 0 and self.demonstration_source != "dataset":
             raise ValueError(

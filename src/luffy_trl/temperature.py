@@ -7,7 +7,7 @@ itself: log pi_theta of its tokens is read off the same hidden states, through T
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,11 +43,20 @@ class DemonstrationsAtOne:
     Args:
         model: a PreTrainedModel, whose `forward` is replaced, inside of an adapter's.
         temperature: of the fused head. At 1 nothing is done.
+        laid_out: values `(B, S)` as a forward pass has its rows, like its labels: `(B, S)`; `(1, N)`, where the rows
+            are packed; or wider, with the virtual tokens of a prompt adapter before each row.
     """
 
-    def __init__(self, model: Any, temperature: float, cast_lm_head_to_fp32: bool):
-        # Masks `(B, S)` of demonstrations and of what is no padding; None outside of a `with` block
-        self._tokens: tuple[torch.Tensor, torch.Tensor] | None = None
+    def __init__(
+        self,
+        model: Any,
+        temperature: float,
+        cast_lm_head_to_fp32: bool,
+        laid_out: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ):
+        self._laid_out = laid_out
+        # Mask `(B, S)` of demonstrations; None outside of a `with` block
+        self._tokens: torch.Tensor | None = None
         if temperature != 1:
             inner = model.get_base_model() if is_peft_model(model) else model
             self._replace_forward(inner, HeadAtOne(inner, cast_lm_head_to_fp32))
@@ -62,7 +71,7 @@ class DemonstrationsAtOne:
             with _keeping_hidden_states(model) as hidden_states:
                 outputs = fused(*args, **kwargs)
             [hidden], labels = hidden_states, kwargs["labels"]
-            tokens = laid_out(*self._tokens, labels)
+            tokens = self._laid_out(self._tokens, labels)
             at_one = head.forward(
                 hidden, labels=labels.masked_fill(~tokens, -100), fused_lm_head=True, output_router_logits=False
             )
@@ -78,11 +87,10 @@ class DemonstrationsAtOne:
         """In here the model gives log-probs and entropies at temperature 1 for the demonstrations of a micro-batch.
 
         Args:
-            batch: with `off_policy_mask`, and TRL's masks.
+            batch: with `off_policy_mask` and `prompt_mask`.
         """
-        prompt_mask, off_policy_mask = batch["prompt_mask"].bool(), batch["off_policy_mask"]
-        tokens = torch.cat([torch.zeros_like(prompt_mask), off_policy_mask], dim=1)  # (B, S)
-        self._tokens = tokens, torch.cat([prompt_mask, batch["completion_mask"].bool()], dim=1)
+        # a prompt is nobody's demonstration
+        self._tokens = pad(batch["off_policy_mask"], (batch["prompt_mask"].size(1), 0))  # (B, S)
         try:
             yield
         finally:
@@ -98,17 +106,3 @@ def _keeping_hidden_states(model: PreTrainedModel) -> Iterator[list[torch.Tensor
         yield kept
     finally:
         hook.remove()
-
-
-def laid_out(tokens: torch.Tensor, kept: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The mask `tokens` as a forward pass has its rows: like `labels`.
-
-    Args:
-        tokens: `(B, S)`.
-        kept: True on what is no padding, `(B, S)`.
-        labels: `(B, S)`; `(1, N)`, where the rows are packed; or wider, with the virtual tokens of a prompt adapter
-            before each row.
-    """
-    if labels.size(0) == 1 and labels.size(1) == int(kept.sum()):
-        return tokens[kept].unsqueeze(0)
-    return pad(tokens, (labels.size(1) - tokens.size(1), 0))

@@ -173,7 +173,7 @@ class LuffyTrainer(
             self._source, self.train_dataset = self._open_source(self.train_dataset)
             # Past solutions of the policy itself were sampled at this temperature
             temperature = 1.0 if self._source.uses_rollouts else self.temperature
-            self._at_one = DemonstrationsAtOne(self.model, temperature, args.cast_lm_head_to_fp32)
+            self._at_one = DemonstrationsAtOne(self.model, temperature, args.cast_lm_head_to_fp32, self._laid_out)
 
     # 1. Place demonstrations; let TRL sample and grade the rest; credit and annotate
 

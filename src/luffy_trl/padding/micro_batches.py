@@ -76,16 +76,25 @@ def drop_zero_advantages(batches: list[Batch], rows_count: bool) -> list[Batch]:
 
 def _deal(batches: list[Batch], rows: Sequence[torch.Tensor]) -> list[Batch]:
     """Micro-batches of the given rows, which are counted through all `batches`; what is one value for all stays."""
-    dealt: list[Batch] = [{} for _ in batches]
-    for key, value in batches[0].items():
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            together = torch.cat([batch[key] for batch in batches])
-            parts = [together[indices] for indices in rows]
-        else:
-            parts = [batch[key] for batch in batches]
-        for batch, part in zip(dealt, parts, strict=True):
-            batch[key] = part
-    return dealt
+    together = joined(batches)
+    return [batch | selected(together, indices) for batch, indices in zip(batches, rows, strict=True)]
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """One batch of all their rows; what is one value for all is the first one's."""
+    return {
+        key: torch.cat([batch[key] for batch in batches]) if has_rows(value) else value
+        for key, value in batches[0].items()
+    }
+
+
+def selected(batch: Batch, rows: torch.Tensor) -> Batch:
+    """What the batch has of these rows."""
+    return {key: value[rows] for key, value in batch.items() if has_rows(value)}
+
+
+def has_rows(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
 def trim(batch: Batch, multiple_of: int | None = None, completion_keys: Sequence[str] = COMPLETION_KEYS) -> Batch:
@@ -94,8 +103,20 @@ def trim(batch: Batch, multiple_of: int | None = None, completion_keys: Sequence
     Args:
         completion_keys: what is as wide as the completions, `(B, T)`, where it is there.
     """
-    prompt = _kept_width(batch["prompt_mask"].flip(1), multiple_of)
-    completion = _kept_width(batch["completion_mask"], multiple_of)
+    prompt = used_width(batch["prompt_mask"].flip(1))
+    return cut(batch, prompt, used_width(batch["completion_mask"]), multiple_of, completion_keys)
+
+
+def cut(
+    batch: Batch,
+    prompt: int,
+    completion: int,
+    multiple_of: int | None = None,
+    completion_keys: Sequence[str] = COMPLETION_KEYS,
+) -> Batch:
+    """The batch with prompts and completions of these widths, or of the next multiples."""
+    prompt = kept_width(prompt, batch["prompt_mask"].size(1), multiple_of)
+    completion = kept_width(completion, batch["completion_mask"].size(1), multiple_of)
     trimmed = dict(batch)
     for key in PROMPT_KEYS:
         trimmed[key] = batch[key][:, batch[key].size(1) - prompt :]
@@ -105,10 +126,15 @@ def trim(batch: Batch, multiple_of: int | None = None, completion_keys: Sequence
     return trimmed
 
 
-def _kept_width(mask: torch.Tensor, multiple_of: int | None) -> int:
-    """Width of the columns of `mask` (B, T) up to the last that some row uses; at least 1."""
+def used_width(mask: torch.Tensor) -> int:
+    """Width of the columns of `mask` (B, T) up to the last that some row uses."""
     used = mask.bool().any(0).nonzero()
-    width = int(used.max()) + 1 if used.numel() > 0 else 1
+    return int(used.max()) + 1 if used.numel() > 0 else 0
+
+
+def kept_width(used: int, there: int, multiple_of: int | None) -> int:
+    """At least 1, a multiple of `multiple_of`, and no more than is there."""
+    width = max(used, 1)
     if multiple_of is not None:
         width = -(-width // multiple_of) * multiple_of
-    return min(width, mask.size(1))
+    return min(width, there)

@@ -1,21 +1,22 @@
 """PaddingFreeMixin: a GRPOTrainer that computes next to nothing on padding."""
 
-import math
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import DistributedType, gather_object
 from torch.nn.functional import pad
-from transformers.utils.generic import is_flash_attention_requested
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
+from .budget import Due, Step, dealt, form_of
+from .config import PaddingFreeConfig
+from .forward import PackedForwardMixin
 from .micro_batches import COMPLETION_KEYS, Batch, drop_zero_advantages, optimizer_steps, order_by_length, trim
-from .packing import accepted, boundaries, pack, unpack
-from .packing_check import COMPLETION_LENGTHS, Agreement, compare, mode, no_trace, probe
+from .packing import Layout
 
 
 logger = get_logger(__name__)
@@ -24,83 +25,28 @@ logger = get_logger(__name__)
 LOSSES_OVER_TOKENS = ("dapo", "cispo", "vespo")
 
 
-@dataclass
-class PaddingFreeConfig(GRPOConfig):
-    """GRPOConfig with the fields of [`PaddingFreeMixin`].
-
-    Raises:
-        ValueError: at construction, for fields that would miss the rows that are left out.
-    """
-
-    trim_padding: bool | None = field(
-        default=True,
-        metadata={
-            "help": "Order rows by length within each optimizer step and cut every micro-batch to its own longest "
-            "row, where TRL pads all to the longest of a generation. Default: True."
-        },
-    )
-    packed_forward: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Run each micro-batch as one row of sequences without padding. Needs layers that keep packed "
-            "sequences apart, which is tried on two short ones before the first packed row. Default: on with flash "
-            "attention, off elsewhere, where it would be slower, and where it would not equal padded rows; True is "
-            "refused there."
-        },
-    )
-    skip_zero_advantages: bool = field(
-        default=False,
-        metadata={
-            "help": "Leave rows without an advantage out of the forward and backward pass: they add nothing to the "
-            "gradient. Token metrics (entropy, prob) are then means over the other rows. Not with beta > 0, an "
-            "entropy bonus, top_entropy_quantile < 1 or 'bnpo', which use these rows. Default: False."
-        },
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.skip_zero_advantages:
-            self._check_nobody_misses_rows()
-
-    def _check_nobody_misses_rows(self):
-        needed_by = {
-            "beta": self.beta != 0,
-            "entropy_coef": self.entropy_coef != 0,
-            "use_adaptive_entropy": self.use_adaptive_entropy,
-            "top_entropy_quantile": self.top_entropy_quantile < 1,
-            "loss_type": self.loss_type == "bnpo",
-            "trim_padding": not self.trim_padding,
-        }
-        for name, needed in needed_by.items():
-            if needed:
-                raise ValueError(
-                    f"skip_zero_advantages=True cannot be combined with {name}={getattr(self, name)!r}: rows without "
-                    "an advantage would be missed there."
-                )
-
-
-class PaddingFreeMixin(GRPOTrainer):
+class PaddingFreeMixin(PackedForwardMixin):
     """
     GRPOTrainer whose micro-batches hold rows of like length, cut to the longest, packed where attention allows it.
 
-    What differs from [`~trl.GRPOTrainer`], override by override:
+    What differs from [`~trl.GRPOTrainer`], beside the forward passes of
+    [`~luffy_trl.padding.forward.PackedForwardMixin`], override by override:
 
-    - `_prepare_inputs`: orders the rows of each optimizer step by length, and trims the micro-batches;
-    - `_generate_and_score_completions`: nothing; while it runs, forward passes are those of the old and the reference
-      policy;
-    - `_get_per_token_logps_and_entropies`: packs the forward pass; of a generation, scores by rows of like length, and
-      only those that `_rows_to_score` names.
+    - `_prepare_inputs`: orders the rows of each optimizer step by length, and trims the micro-batches; or, with
+      `tokens_per_micro_batch`, deals them into others;
+    - `training_step`: with `tokens_per_micro_batch`, runs those, all of them where TRL runs the step's last one;
+    - `compute_loss`: a row of theirs counts as much as in TRL's.
 
     No row leaves its optimizer step, and each process runs as many forward passes as the others.
 
     Raises:
-        ValueError: for `packed_forward=True` with a model that does not keep packed sequences apart, at construction,
-            or where the model is sharded with its first forward pass; for `skip_zero_advantages` with a loss over all
-            rows.
+        ValueError: for `skip_zero_advantages` with a loss over all rows, and for what the forward passes refuse.
     """
 
     args: PaddingFreeConfig
-    _buffered_inputs: list[Batch] | None
+    # With a budget, what is due at each of TRL's steps
+    _buffered_inputs: list[Any] | None
+    current_gradient_accumulation_steps: Any
     # Keys of the batch that are as wide as the completions; a subclass adds its own
     _completion_keys: tuple[str, ...] = COMPLETION_KEYS
 
@@ -111,36 +57,24 @@ class PaddingFreeMixin(GRPOTrainer):
                 "skip_zero_advantages=True cannot be combined with the auxiliary loss of this mixture of experts, "
                 "which is over all rows. Set one of skip_zero_advantages and router_aux_loss_coef to False or 0."
             )
-        whole = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        self._backbone_forward = whole.base_model.forward
-        self._packs, self._packing_is_checked = self._packing_is_on(), False
-        # Now, where the model is whole already and a refusal is due; else with the first forward pass
-        if self.args.packed_forward and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            self._check_packing()
-        # What forward passes are for: the loss, or the log-probs of old and reference policy in a generation
-        self._phase: Literal["loss", "generation"] = "loss"
         # Where the optimizer step under way began, and how many of its micro-batches were taken
         self._step_under_way, self._micro_batches_taken = -1, 0
-
-    def _rows_to_score(self, rows: int) -> list[int]:
-        """Of a generation's `rows` rows on this process, those whose old and reference log-probs anybody needs.
-
-        The others get 0: who leaves rows out keeps these values out of the loss. At least one row is scored.
-        """
-        return list(range(rows))
 
     # Micro-batches
 
     def _prepare_inputs(self, generation_batch):
-        if not self.model.training:
-            return super()._prepare_inputs(generation_batch)
+        if isinstance(generation_batch, Due) or not self.model.training:
+            return generation_batch if isinstance(generation_batch, Due) else super()._prepare_inputs(generation_batch)
         if self.state.global_step != self._step_under_way:
             self._step_under_way, self._micro_batches_taken = self.state.global_step, 0
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         is_new = self._buffered_inputs is not before
         if self.args.trim_padding and is_new and self._buffered_inputs is not None:
-            self._buffered_inputs = self._arrange(self._buffered_inputs)
+            self._check_packing()  # the micro-batches are other ones where rows are packed
+            self._buffered_inputs = (
+                self._deal(self._buffered_inputs) if self._budget else self._arrange(self._buffered_inputs)
+            )
             # TRL's own choice, from the batches as they are now
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         self._micro_batches_taken += 1
@@ -152,7 +86,14 @@ class PaddingFreeMixin(GRPOTrainer):
             return batches
         if self._steps_are_the_same_in_each_iteration(len(batches)):
             batches = [batch for step in self._steps_of(len(batches)) for batch in self._reorder(batches, step)]
-        return [trim(batch, self.pad_to_multiple_of, self._completion_keys) for batch in batches]
+        return [self._trimmed(batch) for batch in batches]
+
+    def _trimmed(self, batch: Batch) -> Batch:
+        batch = trim(batch, self.pad_to_multiple_of, self._completion_keys)
+        if self._packs:
+            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+            batch["layout"] = Layout.of_masks(mask.bool(), batch["completion_mask"].size(1))
+        return batch
 
     def _steps_are_the_same_in_each_iteration(self, per_generation: int) -> bool:
         """Else `num_iterations` cuts one generation's micro-batches into other steps the second time."""
@@ -172,183 +113,99 @@ class PaddingFreeMixin(GRPOTrainer):
             ordered = drop_zero_advantages(ordered, rows_count=self.loss_type not in LOSSES_OVER_TOKENS)
         return ordered
 
-    # Forward passes
+    # Micro-batches by a budget of tokens
 
-    def _generate_and_score_completions(self, inputs):
-        if not self.model.training:
-            return super()._generate_and_score_completions(inputs)
-        with self._in_generation():
-            return super()._generate_and_score_completions(inputs)
+    def _deal(self, batches: list[Batch]) -> list[Due]:
+        """What is due at each of TRL's steps: the micro-batches of an optimizer step with its last. Collective."""
+        if "pixel_values" in batches[0]:
+            return [Due([batch]) for batch in batches]
+        parts = self._steps_of(len(batches))
+        steps = [Step([batches[i] for i in part], self.pad_to_multiple_of, self._completion_keys) for part in parts]
+        always = self.args.share_prompts is True
+        forms = [form_of(step.rows, self._packs, self._shares, always) for step in steps]
+        budget = self._budget
+        found = dealt(steps, forms, budget, self.args.skip_zero_advantages, self._largest)
+        due = [Due() for _ in batches]
+        for part, step, form, rows in zip(parts, steps, forms, found, strict=True):
+            most = self._largest([len(chosen) for chosen in rows])
+            for chosen, rows_elsewhere in zip(rows, most, strict=True):
+                batch = step.micro_batch(chosen, form, per_token=self.loss_type == "bnpo")
+                due[part.stop - 1].append(batch | {"most_rows": rows_elsewhere})
+            self._tell_of_long_rows(sum(step.rows.of(chosen).tokens(form) > budget for chosen in rows))
+        self._metrics["train"]["micro_batches"] += [float(len(rows)) for rows in found]
+        return due
+
+    def _largest(self, numbers: list[int]) -> list[int]:
+        """The largest of each number over all processes. Collective."""
+        return [max(of_all) for of_all in zip(*gather_object([numbers]), strict=True)]
+
+    def _tell_of_long_rows(self, count: int) -> None:
+        if count > 0:
+            logger.warning_once(
+                f"{count} rows of an optimizer step on a process are longer than tokens_per_micro_batch="
+                f"{self._budget}: each has a micro-batch to itself, of more tokens. Said once."
+            )
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        if not self._budget:
+            return super().training_step(model, inputs, num_items_in_batch)
+        start = time.perf_counter()
+        model.train()
+        due = self._prepare_inputs(inputs)
+        loss = torch.zeros((), device=self.accelerator.device)
+        for batch in due[:-1]:
+            with self._before_the_last(model):
+                # Transformers', of which TRL's counts one more step
+                loss = loss + super(GRPOTrainer, self).training_step(model, Due([batch]), num_items_in_batch)
+        self._current_train_step_time += time.perf_counter() - start
+        if due:
+            return loss + super().training_step(model, Due(due[-1:]), num_items_in_batch)
+        self._step += 1
+        return loss
 
     @contextmanager
-    def _in_generation(self) -> Iterator[None]:
-        self._phase = "generation"
+    def _before_the_last(self, model) -> Iterator[None]:
+        """Gradients are added up in here, and reduced over the processes with those of the last micro-batch."""
+        state = self.accelerator.gradient_state
+        is_last_step = state.sync_gradients
+        reduces_each = (
+            state.plugin_kwargs.get("sync_each_batch", False)
+            or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        )
+        with ExitStack() as stack:
+            if is_last_step and not reduces_each:
+                stack.enter_context(self.accelerator.no_sync(model))
+            state._set_sync_gradients(False)
+            stack.callback(state._set_sync_gradients, is_last_step)
+            yield
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = partial(super().compute_loss, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        if not isinstance(inputs, Due):
+            return loss(model, inputs)
+        [batch] = inputs
+        if "share" not in batch:  # with images: TRL's own
+            return loss(model, batch)
+        steps = self.current_gradient_accumulation_steps
+        with self._gathering_as_many_rows(len(batch["advantages"]), batch["most_rows"]):
+            self.current_gradient_accumulation_steps = steps / batch["share"]
+            try:
+                return loss(model, batch)
+            finally:
+                self.current_gradient_accumulation_steps = steps
+
+    @contextmanager
+    def _gathering_as_many_rows(self, rows: int, most: int) -> Iterator[None]:
+        """TRL gathers one value for each row of a micro-batch: processes have different numbers of rows in here."""
+        gather = self.accelerator.gather
+
+        def gather_padded(values: Any) -> Any:
+            if values.dim() == 1 and values.is_floating_point() and len(values) == rows:
+                values = pad(values, (0, most - rows), value=torch.nan)  # TRL takes it for a row without tokens
+            return gather(values)
+
+        self.accelerator.gather = gather_padded
         try:
             yield
         finally:
-            self._phase = "loss"
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        compute_aux_loss=False,
-        **images,
-    ):
-        forward = super()._get_per_token_logps_and_entropies
-        self._check_packing()
-        if all(value is None for value in images.values()):
-            if self._packs:
-                forward = self._packed_forward
-            if self._phase == "generation" and self.args.trim_padding:
-                return self._score(forward, model, input_ids, attention_mask, logits_to_keep, batch_size)
-        return forward(
-            model,
-            input_ids,
-            attention_mask,
-            logits_to_keep,
-            batch_size=batch_size,
-            compute_entropy=compute_entropy,
-            compute_aux_loss=compute_aux_loss,
-            **images,
-        )
-
-    def _score(self, forward, model, input_ids, attention_mask, logits_to_keep, batch_size):
-        """Log-probs `(B, T)` of the rows to score, by rows of like length; 0 for the others. All that TRL takes."""
-        lengths = attention_mask[:, -logits_to_keep:].sum(1).tolist()  # (B,)
-        rows = sorted(self._rows_to_score(len(input_ids)), key=lambda row: -lengths[row])
-        rows = self._as_many_everywhere(rows)
-        logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)  # (B, T)
-        for chunk in (rows[start : start + batch_size] for start in range(0, len(rows), batch_size)):
-            part = {
-                "prompt_ids": input_ids[chunk, :-logits_to_keep],
-                "prompt_mask": attention_mask[chunk, :-logits_to_keep],
-                "completion_ids": input_ids[chunk, -logits_to_keep:],
-                "completion_mask": attention_mask[chunk, -logits_to_keep:],
-            }
-            part = trim(part, self.pad_to_multiple_of)
-            width = part["completion_ids"].size(1)
-            logps[chunk, :width] = forward(
-                model,
-                torch.cat([part["prompt_ids"], part["completion_ids"]], 1),
-                torch.cat([part["prompt_mask"], part["completion_mask"]], 1),
-                width,
-            )[0].to(logps.dtype)
-        return logps, None, None
-
-    def _as_many_everywhere(self, rows: list[int]) -> list[int]:
-        """The rows, with the last one again and again where another process has more. Collective."""
-        return rows + rows[-1:] * (max(gather_object([len(rows)])) - len(rows))
-
-    # Packing
-
-    def _packing_is_on(self) -> bool:
-        """Whether it is wanted; whether it is possible is checked."""
-        if self.args.packed_forward is None:  # flash attention of a package, or a kernel of the Hub
-            return is_flash_attention_requested(self.model.config.get_text_config())
-        return self.args.packed_forward
-
-    def _check_packing(self) -> None:
-        """Pads from now on if this model does not keep packed sequences apart. Collective; does nothing again.
-
-        Raises:
-            ValueError: instead, where packing was asked for.
-        """
-        if self._packing_is_checked or not self._packs:
-            return
-        self._packing_is_checked = True  # before the forward passes of the check, which come by here
-        own = self._try_packing()
-        everywhere = gather_object([(own.holds, own.difference)])
-        if all(holds for holds, _ in everywhere):
-            return
-        self._packs = False
-        config = self.model.config
-        model = f"this model ({config.model_type}, {config.get_text_config()._attn_implementation!r} attention)"
-        found = (
-            f"packed rows do not equal padded ones with {model}: log-probs of two short sequences differ by up to "
-            f"{max(difference for _, difference in everywhere):.2g}"
-        )
-        if own.refusal is not None:
-            found = f"{model} refuses packed rows: {own.refusal}"
-        if self.args.packed_forward:
-            raise ValueError(f"packed_forward=True cannot be used: {found}. Leave it out, and rows are padded.")
-        logger.warning(f"packed_forward is off, and rows are padded: {found}.")
-
-    def _try_packing(self) -> Agreement:
-        """Log-probs of two short sequences in a packed row against padded rows. Leaves model and generators alone."""
-        model, device = self.model, self.accelerator.device
-        special = {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}  # images' among them
-        vocabulary = range(min(len(self._tokenizer), model.config.get_text_config().vocab_size))
-        plain = [token for token in vocabulary if token not in special]
-        ids, other_ids, mask = probe(plain or vocabulary, device)
-        kept = max(COMPLETION_LENGTHS)
-
-        def scored(forward, ids: torch.Tensor) -> torch.Tensor:
-            with no_trace(device):  # each draws the same dropout
-                return forward(model, ids, mask, kept)[0].float()  # (2, T)
-
-        padded_forward = super()._get_per_token_logps_and_entropies
-        with mode(model, training=False):
-            padded = scored(padded_forward, ids)
-        try:
-            with mode(model, training=True):  # other kernels can run here
-                in_training = torch.stack([scored(self._packed_forward, x) for x in (ids, other_ids)])
-            with mode(model, training=False):
-                packed = torch.stack([scored(self._packed_forward, x) for x in (ids, other_ids)])
-        except ValueError as error:  # newer Transformers', of a layer whose stand-in for a kernel reads no boundaries
-            return Agreement(False, math.inf, " ".join(str(error).split()).rstrip("."))
-        return compare(padded, packed[0], [in_training, packed], mask[:, -kept:], self._precision())
-
-    def _precision(self) -> Literal["single", "half"]:
-        """What forward passes round to. Quantized weights, which are no floats, are computed in half precision."""
-        is_single = (
-            all(parameter.dtype in (torch.float32, torch.float64) for parameter in self.model.parameters())
-            and self.accelerator.mixed_precision == "no"
-            and torch.get_float32_matmul_precision() == "highest"
-        )
-        return "single" if is_single else "half"
-
-    def _packed_forward(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        compute_aux_loss=False,
-        **images: Any,
-    ):
-        """What the method of TRL returns, from one row of sequences without padding per `batch_size` rows."""
-        logps, entropies, aux_losses = [], [], []
-        options = {"output_router_logits": True} if compute_aux_loss else {}
-        batch_size = batch_size or len(input_ids)
-        for ids, kept in zip(input_ids.split(batch_size), attention_mask.bool().split(batch_size), strict=True):
-            labels = ids.clone()
-            labels[:, :-logits_to_keep] = -100  # only completion tokens are scored
-            packed_ids, position_ids = pack(ids, kept)  # (1, N)
-            # What keeps sequences apart: positions that restart, and for layers without positions their boundaries
-            apart = accepted(self._backbone_forward, {"position_ids": position_ids, **boundaries(kept)})
-            with self.accelerator.autocast():
-                outputs = model(
-                    input_ids=packed_ids,
-                    labels=labels[kept].unsqueeze(0),
-                    fused_lm_head=True,
-                    **apart,
-                    **options,
-                )
-            # The model's outputs begin with the second token, (1, N - 1)
-            logps.append(unpack(pad(outputs.log_probs, (1, 0)), kept)[:, -logits_to_keep:])
-            if compute_entropy:
-                entropies.append(unpack(pad(outputs.entropy, (1, 0)), kept)[:, -logits_to_keep:])
-            if compute_aux_loss:
-                aux_losses.append(outputs.aux_loss)
-        return (
-            torch.cat(logps),
-            torch.cat(entropies) if compute_entropy else None,
-            torch.stack(aux_losses).mean() if compute_aux_loss else None,
-        )
+            del self.accelerator.gather

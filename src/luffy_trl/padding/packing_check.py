@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .dealing import Rows
+
 
 # Of the two sequences: together shorter than any model's window. A prompt of one token shows what a convolution takes
 # from the sequence before
@@ -53,6 +55,19 @@ def probe(token_ids: Sequence[int], device: torch.device) -> tuple[torch.Tensor,
     for row, (before, after) in enumerate(zip(PROMPT_LENGTHS, COMPLETION_LENGTHS, strict=True)):
         mask[row, prompt - before : prompt + after] = 1
     return ids[:2], ids[[2, 1]], mask
+
+
+def shared_probe(token_ids: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Rows]:
+    """Two sequences with a prompt in common, padded: ids and mask (2, S), and their lengths."""
+    ids, _, mask = probe(token_ids, device)
+    prompt = max(PROMPT_LENGTHS)
+    ids[1, :prompt], mask[1, :prompt] = ids[0, :prompt], 1
+    return ids, mask, Rows([prompt] * 2, list(COMPLETION_LENGTHS), groups=[0, 0])
+
+
+def compare_shared(padded: torch.Tensor, shared: torch.Tensor, mask: torch.Tensor, precision: str) -> Agreement:
+    """The agreement of log-probs (2, T) of `shared_probe`'s rows, padded and with their prompt once."""
+    return compare(padded, shared, [], mask, precision)
 
 
 def compare(
