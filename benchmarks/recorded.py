@@ -1,7 +1,7 @@
-"""Trainers that are fed recorded completions instead of sampling, demonstrations included: the very same groups for all.
+"""Trainers that are fed recorded completions instead of sampling, demonstrations included: the same groups for all.
 
-TRL's GRPOTrainer by a minimal subclass that only injects them, LuffyTrainer by the same subclass under it. What is left
-of a step is everything after sampling: scoring, advantages, forward and backward passes, optimizer.
+TRL's GRPOTrainer by a minimal subclass that only injects them, LuffyTrainer by the same subclass under it. What is
+left of a step is everything after sampling: scoring, advantages, forward and backward passes, optimizer.
 
 Completion lengths follow the paper's: rollouts with a mean of 2,832 tokens, demonstrations with a mean of 4,500, none
 above 8,192. Or prompts are long, 4,096 tokens, and completions of about 1,000, or all completions are of one length. A
@@ -31,6 +31,9 @@ LONGEST, LONGEST_PROMPT = 8192, 1024
 # Means of prompts, rollouts and demonstrations. "equal": all completions of half the longest
 MEANS = {"paper": (160, 2832, 4500), "equal": (160, 4096, 4096), "long_prompt": (4096, 1000, 1000)}
 VOCABULARY = 1000
+BUDGET = (
+    43_200  # tokens beside 4 rows a micro-batch: the paper's lengths, 16 prompts of 8, then take ten micro-batches
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,11 @@ class Workload:
     def longest(self) -> int:
         return LONGEST // self.divide
 
+    @property
+    def budget(self) -> int:
+        """Tokens of a micro-batch, for a trainer that goes by them."""
+        return BUDGET * self.micro_batch // 4 // self.divide
+
     def groups(self) -> list[dict[str, Any]]:
         """Prompts with their rollouts and demonstrations, as token ids. EOS is 0; rewards are in the first token."""
         rng, rng_of_more = random.Random(self.seed), random.Random(self.seed + 1)
@@ -71,10 +79,8 @@ class Workload:
             return [2 + i] + [rng.randrange(2, VOCABULARY) for _ in range(n)]
 
         def completion(mean: float, rng: random.Random = rng) -> list[int]:
-            if self.lengths == "equal":
-                n = mean // self.divide
-            else:
-                n = length(rng, mean / self.divide, self.longest)
+            is_equal = self.lengths == "equal"
+            n = mean // self.divide if is_equal else length(rng, mean / self.divide, self.longest)
             return [rng.randrange(2, VOCABULARY) for _ in range(n - 1)] + [0]
 
         return [
@@ -205,12 +211,14 @@ def make_trainer(
         for group in groups
     ]
     given = {"train_dataset": datasets.Dataset.from_list(rows), "processing_class": make_tokenizer()}
-    if configuration is None:
+    if configuration.options is None:
         trainer = Replay(model, reward, GRPOConfig(**options), **given)
         recorded = [g["rollouts"] + g["demonstrations"] for g in groups]
     else:
         # `trim_padding` is the default with demonstrations; asked for where the curve has none
-        ours = {"num_demonstrations": work.demonstrations, "trim_padding": True, **configuration}
+        ours = {"num_demonstrations": work.demonstrations, "trim_padding": True, **configuration.options}
+        if configuration.budget:
+            ours["tokens_per_micro_batch"] = work.budget
         trainer = LuffyReplay(model, reward, LuffyConfig(**ours, **options), **given)
         recorded = [g["rollouts"] for g in groups]
     trainer.recorded = {tuple(g["prompt"]): r for g, r in zip(groups, recorded, strict=True)}

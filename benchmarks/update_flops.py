@@ -1,20 +1,21 @@
 """What the update phase takes in FLOPs, memory and gathered parameters, counted on the shapes of 7B and 4B models.
 
-The real trainers run their whole update phase, micro-batch after micro-batch, with losses and backward passes, on models
-that are counted instead of computed (`counted_model.py`): no GPU is needed, nothing is downloaded, and every machine
-counts the same. Weights and gradients are in bfloat16 and gradients are checkpointed, as with DeepSpeed and the recipes.
+The real trainers run their whole update phase, micro-batch after micro-batch, with losses and backward passes, on
+models that are counted instead of computed (`counted_model.py`): no GPU is needed, nothing is downloaded, and every
+machine counts the same. Weights and gradients are in bfloat16 and layers are checkpointed, as with DeepSpeed and the
+recipes.
 
     python benchmarks/update_flops.py                     # the table, a few minutes
     python benchmarks/update_flops.py --prompts 2         # a shorter step
 
-Two models of one and two layers are counted, from which all layers follow: every layer takes as many FLOPs as the next,
-and as much memory. `tests/test_update_flops.py` holds that, and these counts, against others.
+Two models of one and two layers are counted, from which all layers follow: every layer takes as many FLOPs as the
+next, and as much memory. `tests/test_update_flops.py` holds that, and these counts, against others.
 
 The limit is what no trainer can go below: no padding, each prompt once, by a formula of its own (`limit_flops`).
-Attention is counted as flash attention computes it, in all configurations: pairs of a query and a key that the causal mask
-admits. Peak memory is that of one process without sharding: weights, gradients, activations and logits. Optimizer states,
-which are the same in every configuration, come on top. `gathers` counts how often ZeRO-3 gathers every parameter: in each
-forward pass, where it is recomputed, and in its backward pass.
+Attention is counted as flash attention computes it: pairs of a query and a key that the causal mask admits. Peak
+memory is that of one process without sharding: weights, gradients, activations and logits. Optimizer states, which are
+the same in every configuration, come on top. `gathers` counts how often ZeRO-3 gathers every parameter: in each forward
+pass, where it is recomputed, and in its backward pass.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from typing import Any
 
 import datasets
 from configurations import CONFIGURATIONS
-from counted_model import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, Counts, make_counted_model
+from counted_kernels import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
+from counted_model import Counts, layouts_for_masks, make_counted_model
 from recorded import Workload, forward_and_backward, make_trainer
 from tqdm import tqdm
 from transformers import (
@@ -101,12 +103,12 @@ class Case:
 
 def count(config: PretrainedConfig, architecture: type[PreTrainedModel], work: Workload, name: str) -> Counts:
     """Of one optimizer step's passes with this configuration."""
-    attention = "flash_attention_2"
-    with tempfile.TemporaryDirectory() as directory:
-        model = make_counted_model(architecture, config, attention)
+    configuration = CONFIGURATIONS[name]
+    with tempfile.TemporaryDirectory() as directory, layouts_for_masks():
+        model = make_counted_model(architecture, config, configuration.attention)
         trainer = make_trainer(name, work, model, directory, gradient_checkpointing=True)
-        if CONFIGURATIONS[name] is not None:
-            trainer._check_packing()  # a pass of its own, once a run
+        if configuration.options is not None:
+            trainer._check_packing()  # passes of its own, once a run
         model.counts = Counts()
         gc.disable()  # memory then depends on nothing but the passes
         try:
@@ -141,8 +143,8 @@ def limit_flops(config: PretrainedConfig, work: Workload) -> int:
     """FLOPs of one step without padding and with each prompt once: every token, and every pair that attends.
 
     A product of a token with a matrix takes 2 FLOPs per entry: forward, and for the gradients of both. Layers run
-    forward a second time, for their checkpoints; of that PyTorch leaves out the last product of each layer, whose result no
-    gradient needs. So does the loss head, for its chunks.
+    forward a second time, for their checkpoints; of that PyTorch leaves out the last product of each layer, whose
+    result no gradient needs. The loss head runs forward a second time, for its chunks.
     """
     size, heads = config.hidden_size, config.num_attention_heads
     head = getattr(config, "head_dim", None) or size // heads
@@ -157,7 +159,9 @@ def limit_flops(config: PretrainedConfig, work: Workload) -> int:
         pairs += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in completions)
     per_token = 4 * layer - down
     per_pair = (2 * FORWARD_PRODUCTS + BACKWARD_PRODUCTS) * queries
-    return 2 * (config.num_hidden_layers * (tokens * per_token + pairs * per_pair) + scored * 4 * size * config.vocab_size)
+    return 2 * (
+        config.num_hidden_layers * (tokens * per_token + pairs * per_pair) + scored * 4 * size * config.vocab_size
+    )
 
 
 def print_table(cases: list[Case]) -> None:
