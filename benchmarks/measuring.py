@@ -43,7 +43,7 @@ class Machine:
         load = "" if self.load_before is None else f" (load average {self.load_before:.1f})"
         return (
             f"Warning: the machine was not idle. Other processes took {self.others_before:.0%} of its processors' "
-            f"time before{load}, and {self.others:.0%} while this ran: do not take these seconds for an idle machine's."
+            f"time before{load}, and {self.others:.0%} while this ran: its seconds are not an idle machine's."
         )
 
 

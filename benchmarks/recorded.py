@@ -152,18 +152,38 @@ class LuffyReplay(LuffyTrainer, Replay):
     """LuffyTrainer whose sampling is `Replay`'s."""
 
 
-def make_model(device: str, attention: str) -> Qwen2ForCausalLM:
-    """A small model in float32, or on a GPU one of Qwen2.5-1.5B's shape in bfloat16."""
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+# Qwen2.5-1.5B's, but for its vocabulary
+LARGE = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16384,
+}
+
+
+def make_model(
+    device: str, attention: str, shape: dict[str, int] | None = None, dtype: torch.dtype | None = None
+) -> Qwen2ForCausalLM:
+    """A small model in float32, or on a GPU a large one in bfloat16, where nothing else is said."""
+    on_gpu = device == "cuda"
     torch.manual_seed(0)
-    if device == "cuda":
-        shape = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
-        shape |= {"num_key_value_heads": 2, "max_position_embeddings": 16384}
-    else:
-        shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
-        shape |= {"num_key_value_heads": 2, "max_position_embeddings": 2048}
-    config = Qwen2Config(vocab_size=VOCABULARY, eos_token_id=0, pad_token_id=1, bos_token_id=None, **shape)
+    config = make_config(shape or (LARGE if on_gpu else SMALL))
     config._attn_implementation = attention
-    return Qwen2ForCausalLM(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    return Qwen2ForCausalLM(config).to(device, dtype or (torch.bfloat16 if on_gpu else torch.float32))
+
+
+def make_config(shape: dict[str, int]) -> Qwen2Config:
+    return Qwen2Config(vocab_size=VOCABULARY, eos_token_id=0, pad_token_id=1, bos_token_id=None, **shape)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -13,9 +13,9 @@ next, and as much memory. `tests/test_update_flops.py` holds that, and these cou
 
 The limit is what no trainer can go below: no padding, each prompt once, by a formula of its own (`limit_flops`).
 Attention is counted as flash attention computes it: pairs of a query and a key that the causal mask admits. Peak
-memory is that of one process without sharding: weights, gradients, activations and logits. Optimizer states, which are
-the same in every configuration, come on top. `gathers` counts how often ZeRO-3 gathers every parameter: in each forward
-pass, where it is recomputed, and in its backward pass.
+memory is that of one process without sharding: weights, gradients, activations and logits. Optimizer states, the same
+in every configuration, come on top. `gathers` counts how often ZeRO-3 gathers every parameter: in each forward pass,
+where it is recomputed, and in its backward pass.
 """
 
 import argparse
@@ -101,11 +101,21 @@ class Case:
     peak_memory_bytes: int
 
 
-def count(config: PretrainedConfig, architecture: type[PreTrainedModel], work: Workload, name: str) -> Counts:
-    """Of one optimizer step's passes with this configuration."""
+def count(
+    config: PretrainedConfig,
+    architecture: type[PreTrainedModel],
+    work: Workload,
+    name: str,
+    attention: str | None = None,
+) -> Counts:
+    """Of one optimizer step's passes with this configuration.
+
+    Args:
+        attention: if not the configuration's.
+    """
     configuration = CONFIGURATIONS[name]
     with tempfile.TemporaryDirectory() as directory, layouts_for_masks():
-        model = make_counted_model(architecture, config, configuration.attention)
+        model = make_counted_model(architecture, config, attention or configuration.attention)
         trainer = make_trainer(name, work, model, directory, gradient_checkpointing=True)
         if configuration.options is not None:
             trainer._check_packing()  # passes of its own, once a run
@@ -177,6 +187,16 @@ def print_table(cases: list[Case]) -> None:
     print(text_table(header, rows))
 
 
+def write(path: Path, cases: list[Case], args: argparse.Namespace) -> None:
+    record = {
+        "cases": [asdict(case) for case in cases],
+        "arguments": {"prompts": args.prompts, "divide": args.divide},
+        "versions": {name: version(name) for name in ("torch", "trl", "transformers", "luffy_trl")},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=16, help="groups a step (default: 16)")
@@ -194,15 +214,9 @@ def main(argv: list[str] | None = None) -> None:
         bar.set_description(f"{model}, {lengths}, {name}")
         work = Workload(prompts=args.prompts, lengths=lengths, divide=args.divide)
         cases.append(count_case(model, work, name))
+        if args.output:  # after each, so that what was counted is there if it is stopped
+            write(args.output, cases, args)
     print_table(cases)
-    if args.output:
-        record = {
-            "cases": [asdict(case) for case in cases],
-            "arguments": {"prompts": args.prompts, "divide": args.divide},
-            "versions": {name: version(name) for name in ("torch", "trl", "transformers", "luffy_trl")},
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

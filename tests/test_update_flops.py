@@ -3,7 +3,6 @@
 from functools import cache
 from pathlib import Path
 
-import pytest
 import torch
 import update_flops
 from counted_kernels import BLOCK, pairs_of_blocks, pairs_of_rows, pairs_of_spans
