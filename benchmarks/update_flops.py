@@ -187,6 +187,32 @@ def print_table(cases: list[Case]) -> None:
     print(text_table(header, rows))
 
 
+NAMES = {"paper": "the paper's lengths", "long_prompt": "long prompts"}
+
+
+def docs_table(cases: list[Case]) -> str:
+    """The results as docs/scaling.md has them."""
+    lines = [
+        "| *counted* | PFLOPs | of the limit | padding | micro-batches | gathers | peak memory, GB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    seen: list[tuple[str, str]] = []
+    for case in cases:
+        if (case.model, case.lengths) not in seen:
+            seen.append((case.model, case.lengths))
+            lines.append(f"| **{case.model}, {NAMES[case.lengths]}** | {case.limit_flops / 1e15:.2f} | 1 | | | | |")
+        lines.append(
+            f"| {case.configuration} | {case.flops / 1e15:.2f} | {case.flops / case.limit_flops:.3f} "
+            f"| {100 * case.padding:.1f}% | {case.micro_batches} | {case.gathers} "
+            f"| {case.peak_memory_bytes / 1e9:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def read(path: Path) -> list[Case]:
+    return [Case(**case) for case in json.loads(path.read_text(encoding="utf-8"))["cases"]]
+
+
 def write(path: Path, cases: list[Case], args: argparse.Namespace) -> None:
     record = {
         "cases": [asdict(case) for case in cases],
@@ -205,7 +231,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--configurations", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS))
     parser.add_argument("--output", type=Path, help="write the results there, as JSON")
+    parser.add_argument("--markdown", type=Path, help="only print the table of docs/scaling.md, from these results")
     args = parser.parse_args(argv)
+    if args.markdown:
+        print(docs_table(read(args.markdown)))
+        return
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     turns = [(m, lengths, name) for m in args.models for lengths in args.lengths for name in args.configurations]

@@ -1,10 +1,13 @@
 """The counted update phase: FLOPs, memory and gathers against counts by hand, and what the results file says."""
 
+import json
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
 import update_flops
+from configurations import CONFIGURATIONS
 from counted_kernels import BLOCK, pairs_of_blocks, pairs_of_rows, pairs_of_spans
 from counted_model import make_counted_model
 from recorded import Workload
@@ -155,6 +158,27 @@ def test_peak_memory_holds_weights_gradients_and_checkpoints():
     tile = 2 * 299 * 32768  # TRL's, of logits
     head = (4 + 2) * VOCABULARY * SIZE  # its gradient, summed in float32
     assert fixed + tile + head <= peak < 1.2 * (fixed + tile + head)
+
+
+def test_the_results_are_of_every_model_and_configuration_and_near_the_limit():
+    cases = json.loads(RESULTS.read_text(encoding="utf-8"))["cases"]
+    assert all(set(case) == FIELDS for case in cases)
+    counted = [(case["model"], case["lengths"], case["configuration"]) for case in cases]
+    assert counted == list(product(update_flops.MODELS, update_flops.LENGTHS, CONFIGURATIONS))
+    for case in cases:
+        config = update_flops.make_config(case["model"], update_flops.MODELS[case["model"]][2]["num_hidden_layers"])
+        work = Workload(lengths=case["lengths"], divide=1)
+        assert case["limit_flops"] == update_flops.limit_flops(config, work)
+    ours = {
+        case["lengths"]: case["flops"] / case["limit_flops"] for case in cases if "shared" in case["configuration"]
+    }
+    assert ours["paper"] < 1.05
+    assert ours["long_prompt"] < 1.15
+
+
+def test_the_documentation_has_the_results():
+    table = update_flops.docs_table(update_flops.read(RESULTS))
+    assert table in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
 def test_flex_attention_takes_the_blocks_of_its_mask():
