@@ -30,20 +30,21 @@ class Machine:
         load_before: processes that ran or waited for a processor in the minute before, a mean; None where the system
             does not say.
         others_before: share of all processors' time that others took in the second before.
-        others: the same while the benchmark ran.
+        others: the same while the benchmark ran; None until it has.
     """
 
     load_before: float | None
     others_before: float
-    others: float = 0.0
+    others: float | None = None
 
     def warning(self) -> str | None:
-        if max(self.others_before, self.others) <= TOO_MUCH:
+        if max(self.others_before, self.others or 0.0) <= TOO_MUCH:
             return None
         load = "" if self.load_before is None else f" (load average {self.load_before:.1f})"
+        during = "" if self.others is None else f", and {self.others:.0%} while this ran"
         return (
             f"Warning: the machine was not idle. Other processes took {self.others_before:.0%} of its processors' "
-            f"time before{load}, and {self.others:.0%} while this ran: its seconds are not an idle machine's."
+            f"time before{load}{during}: seconds are not an idle machine's."
         )
 
 
