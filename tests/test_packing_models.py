@@ -8,7 +8,6 @@ told, and must be found out. What is right is measured: packed against padded ro
 import math
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 from luffy_trl.padding.config import PaddingFreeConfig
 from luffy_trl.padding.mixin import PaddingFreeMixin
 from luffy_trl.padding.packing import Layout, accepted
+from luffy_trl.padding.packing_check import Agreement
 
 from .conftest import SMALL_RUN
 from .run_two_processes import letters_reward
@@ -75,10 +75,10 @@ PACKED: dict[str, dict[str, Any]] = {
     "granite": {},
     "granitemoe": EXPERTS,
     "gptj": GPT,
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
 }
 LEAKING: dict[str, dict[str, Any]] = {
     # masks that do not look at positions
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "gpt_oss": {"sliding_window": 5, **EXPERTS},
     "bloom": {},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
@@ -192,6 +192,7 @@ def largest_difference(trainer: PaddingFreeTrainer) -> float:
     """Of the trainer's packed forward pass from TRL's padded one, in log-probs; infinite if the model refuses it."""
     ids, mask, width = rows()
     trainer.model.eval()
+    trainer._attend_apart()  # as before the check
     padded = GRPOTrainer._get_per_token_logps_and_entropies(trainer, trainer.model, ids, mask, width)[0]
     try:
         packed = trainer._packed_forward(trainer.model, ids, mask, width)[0]
@@ -248,8 +249,8 @@ def test_the_verdict_on_text_for_a_model_of_images(make):
 
 
 def test_the_refusal_names_model_attention_and_difference(make):
-    with pytest.raises(ValueError, match=r"True cannot be used.*\(opt, 'sdpa' attention\).*by up to \d.*are padded"):
-        make(make_model("opt"), packed_forward=True)
+    with pytest.raises(ValueError, match=r"True cannot be used.*\(lfm2, 'sdpa' attention\).*by up to \d.*are padded"):
+        make(make_model("lfm2"), packed_forward=True)
 
 
 def test_what_a_model_says_of_packed_rows_is_passed_on(make, monkeypatch):
@@ -283,7 +284,7 @@ def test_what_a_model_says_of_packed_rows_is_passed_on(make, monkeypatch):
     [
         ("sdpa", False),
         ("eager", False),
-        ("flex_attention", False),
+        ("flex_attention", True),
         ("flash_attention_2", True),
         ("flash_attention_3", True),
         ("kernels-community/flash-attn2", True),
@@ -292,7 +293,7 @@ def test_what_a_model_says_of_packed_rows_is_passed_on(make, monkeypatch):
         ("kernels-community/flash-attn2@v1:flash_attn", True),
     ],
 )
-def test_packing_is_on_with_flash_attention_alone(make, name, is_on):
+def test_packing_is_on_with_flash_and_flex_attention_alone(make, name, is_on):
     trainer = make(make_model("qwen2"))
     trainer.model.config._attn_implementation = name
     assert trainer._packing_is_on() == is_on
@@ -321,9 +322,7 @@ def test_a_step_by_default_is_grpos(make, family, caplog):
 
 @pytest.mark.parametrize("asked", [True, None])
 def test_the_check_leaves_no_trace(make, asked):
-    model = make_model(
-        "opt" if asked is None else "qwen2", attention_dropout=0.5, **({"dropout": 0.5} if asked is None else {})
-    )
+    model = make_model("lfm2" if asked is None else "qwen2", attention_dropout=0.5)
     frozen = list(model.modules())[3]
     trainer = make(model)
     trainer.args.packed_forward, trainer._packs = asked, True
@@ -341,7 +340,7 @@ def test_the_check_leaves_no_trace(make, asked):
 def test_the_check_runs_once(make, monkeypatch):
     trainer = packs_by_default(make(make_model("qwen2")))
     runs = []
-    monkeypatch.setattr(trainer, "_try_packing", lambda: runs.append(1) or SimpleNamespace(holds=True, difference=0.0))
+    monkeypatch.setattr(trainer, "_try_packing", lambda: runs.append(1) or (Agreement(True, 0.0),) * 2)
     trainer.train()
     assert runs == [1]
     trainer = make(make_model("qwen2"))  # padded: nothing to check
@@ -354,8 +353,8 @@ def test_the_check_runs_once(make, monkeypatch):
 def test_one_process_decides_for_all(make, monkeypatch, elsewhere):
     trainer = packs_by_default(make(make_model("qwen2")))
     monkeypatch.setattr(
-        "luffy_trl.padding.mixin.gather_object",
-        lambda own: [*own, (elsewhere, 0.3)],  # another process's verdict
+        "luffy_trl.padding.forward.gather_object",
+        lambda own: [*own, (elsewhere, 0.3, elsewhere, 0.3)],  # another process's verdict
     )
     trainer._check_packing()
     assert trainer._packs == elsewhere

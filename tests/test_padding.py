@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
@@ -100,12 +101,16 @@ def test_a_step_without_any_advantage_still_has_its_forward_passes():
 SHAPE = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 2}
 
 
-@pytest.fixture
-def rows():
+def make_rows() -> Dataset:
     """Prompts and demonstrations of many lengths; two prompts have no demonstration."""
     walks = to_dataset(split_walks(train_size=4, test_size=1, length=3)["train"])
     rows = with_demonstrations(walks, [["a" * 15], [], ["b#b"], None])
     return rows.map(lambda row, i: {"prompt": row["prompt"] * (1 + i)}, with_indices=True)
+
+
+@pytest.fixture
+def rows() -> Dataset:
+    return make_rows()
 
 
 def step_gradients(trainer, perturbed=True, seed=0):

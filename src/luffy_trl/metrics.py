@@ -42,12 +42,7 @@ class Means:
 
     def add(self, sums: Sums) -> None:
         """Collective: the same names on each process, whatever rows it holds."""
-        # bool.sum() is an integer, which stack would not mix with floats
-        flat = [
-            torch.as_tensor(value, dtype=torch.float32, device=self._device)
-            for pair in sums.values()
-            for value in pair
-        ]
+        flat = [_on_device(value, self._device) for pair in sums.values() for value in pair]
         reduced = self._reduce(torch.stack(flat).view(-1, 2))
         names = tuple(sums)
         self._sums[names] = self._sums[names] + reduced if names in self._sums else reduced
@@ -113,6 +108,13 @@ def cold_start_sums(
     push = -batch["advantages"].unsqueeze(1).clamp(max=0.0)  # (B, 1)
     pull = batch["off_policy_weight"].unsqueeze(1) * pull.clamp(min=0.0)  # (B, T)
     return {"groups/push_to_pull": (_sum(push * room, on_policy & cold), _sum(pull * room, off_policy & cold))}
+
+
+def _on_device(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    """One float, which the device makes itself of a number: a copy from the host would wait for the device."""
+    if isinstance(value, torch.Tensor):  # bool.sum() is an integer, which stack would not mix with floats
+        return value.to(device, torch.float32)
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -123,9 +123,9 @@ def token_denominator(
     elif loss_type == "bnpo":  # mean over the micro-batch's tokens
         denominator = mask.sum().clamp(min=1.0)
     elif loss_type == "dr_grpo":  # a constant: no length bias
-        denominator = torch.tensor(float(batch_size * max_completion_length), device=mask.device)
+        denominator = torch.full((), float(batch_size * max_completion_length), device=mask.device)
     elif loss_type == "luspo":  # sum over a row's tokens, mean over rows
-        denominator = torch.tensor(float(batch_size), device=mask.device)
+        denominator = torch.full((), float(batch_size), device=mask.device)
     elif loss_type in ("cispo", "dapo", "vespo"):  # mean over the tokens of a generation
         denominator = torch.as_tensor(mean_tokens, dtype=torch.float32, device=mask.device)
     else:

@@ -1,1 +1,1 @@
-"""Leaving out padding, for any GRPOTrainer: rows ordered by length, micro-batches trimmed, sequences packed."""
+"""Leaving out padding and waits, for any GRPOTrainer: rows dealt by length, cut to it, packed, metrics read late."""

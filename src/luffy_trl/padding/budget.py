@@ -22,7 +22,7 @@ class Due(list[Batch]):
     """The micro-batches that run where TRL takes one of its own: none, until the last of an optimizer step's."""
 
 
-class Step:
+class StepRows:
     """The rows of this process in one optimizer step, or in what one generation has of it.
 
     Args:
@@ -114,7 +114,7 @@ def form_of(rows: Rows, packs: bool, shares: bool, always: bool) -> Form:
 
 
 def dealt(
-    steps: Sequence[Step],
+    steps: Sequence[StepRows],
     forms: Sequence[Form],
     budget: int,
     skip_zero_advantages: bool,
@@ -126,7 +126,7 @@ def dealt(
         agree: of a number for each step, the largest of all processes.
     """
 
-    def of(step: Step, form: Form, at_least: int) -> list[list[int]]:
+    def of(step: StepRows, form: Form, at_least: int) -> list[list[int]]:
         rows = step.padded_rows() if form == "padded" else step.rows
         return deal(rows, step.chosen(at_least, skip_zero_advantages), budget, form, at_least)
 

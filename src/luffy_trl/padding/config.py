@@ -45,8 +45,8 @@ class PaddingFreeConfig(GRPOConfig):
         metadata={
             "help": "Run the prompt of a group once for all its rows in a micro-batch. Needs tokens_per_micro_batch, "
             "which keeps groups together, packed rows, 'sdpa' or 'flex_attention', and layers of attention only. "
-            "Default: where it can be and leaves out enough of a step's tokens, as short prompts do not; True: always, and "
-            "refused where it cannot be; False: each row has its own."
+            "Default: where it can be and leaves out enough of a step's tokens, as short prompts do not; True: "
+            "always, and refused where it cannot be; False: each row has its own."
         },
     )
     skip_zero_advantages: bool = field(

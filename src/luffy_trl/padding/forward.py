@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -14,10 +14,9 @@ from trl import GRPOTrainer
 
 from .attention import BY_SEQUENCE, KNOWN_LAYERS, block_mask, can_attend_by_sequence, without_masks
 from .config import PaddingFreeConfig
-from .dealing import Form, Rows, deal
-from .micro_batches import trim
 from .packing import Layout, accepted
 from .packing_check import COMPLETION_LENGTHS, Agreement, compare, compare_shared, mode, no_trace, probe, shared_probe
+from .waiting import read, read_later
 
 
 logger = get_logger(__name__)
@@ -25,15 +24,13 @@ logger = get_logger(__name__)
 
 class PackedForwardMixin(GRPOTrainer):
     """
-    GRPOTrainer that packs its forward passes where attention allows it, and scores a generation by length.
+    GRPOTrainer that packs its forward passes where the model allows it.
 
     What differs from [`~trl.GRPOTrainer`], override by override:
 
-    - `_generate_and_score_completions`: nothing; while it runs, forward passes are those of the old and the reference
-      policy;
-    - `_get_per_token_logps_and_entropies`: packs the forward pass; of a generation, scores by rows of like length, and
-      only those that `_rows_to_score` names;
-    - `_compute_loss`: nothing; while it runs, a micro-batch lies as its `layout` says.
+    - `_get_per_token_logps_and_entropies`: packs the forward pass;
+    - `_compute_loss`: nothing; while it runs, a micro-batch lies as its `layout` says, and no metric is waited for;
+    - `log`: reads those metrics.
 
     Raises:
         ValueError: for `packed_forward=True` with a model that does not keep packed sequences apart, and for
@@ -50,31 +47,23 @@ class PackedForwardMixin(GRPOTrainer):
         self._text_config = self.model.config.get_text_config()
         self._packs, self._packing_is_checked = self._packing_is_on(), False
         self._shares = self._packs and self._sharing_is_on()
-        if self._packs and can_attend_by_sequence(self._text_config):
-            self._attend(BY_SEQUENCE)
         # How the rows of the forward pass under way lie, where they are packed
         self._layout: Layout | None = None
-        # What forward passes are for: the loss, or the log-probs of old and reference policy in a generation
-        self._phase: Literal["loss", "generation"] = "loss"
+        # Of the loss that is computed, what ends with it
+        self._after_forward: ExitStack | None = None
         # Now, where the model is whole already and a refusal is due; else with the first forward pass
         asked = self.args.packed_forward or self.args.share_prompts
         if asked and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._check_packing()
 
-    def _rows_to_score(self, rows: int) -> list[int]:
-        """Of a generation's `rows` rows on this process, those whose old and reference log-probs anybody needs.
-
-        The others get 0: who leaves rows out keeps these values out of the loss. At least one row is scored.
-        """
-        return list(range(rows))
-
     def _compute_loss(self, model, inputs):
         self._check_packing()  # before a layout is made use of
         self._layout = inputs.get("layout") if self._packs else None
         try:
-            return super()._compute_loss(model, inputs)
+            with ExitStack() as self._after_forward:
+                return super()._compute_loss(model, inputs)
         finally:
-            self._layout = None
+            self._layout = self._after_forward = None
 
     def _laid_out(self, values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Values of padded rows `(B, S)` as the forward pass under way has its rows: like its `labels`."""
@@ -83,20 +72,6 @@ class PackedForwardMixin(GRPOTrainer):
         return pad(values, (labels.size(1) - values.size(1), 0))  # a prompt adapter's virtual tokens come first
 
     # Forward passes
-
-    def _generate_and_score_completions(self, inputs):
-        if not self.model.training:
-            return super()._generate_and_score_completions(inputs)
-        with self._in_generation():
-            return super()._generate_and_score_completions(inputs)
-
-    @contextmanager
-    def _in_generation(self) -> Iterator[None]:
-        self._phase = "generation"
-        try:
-            yield
-        finally:
-            self._phase = "loss"
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -112,11 +87,8 @@ class PackedForwardMixin(GRPOTrainer):
         forward = super()._get_per_token_logps_and_entropies
         self._check_packing()
         if all(value is None for value in images.values()):
-            if self._packs:
-                forward = self._packed_forward
-            if self._phase == "generation" and self.args.trim_padding:
-                return self._score(forward, model, input_ids, attention_mask, logits_to_keep, batch_size)
-        return forward(
+            forward = self._packed_forward if self._packs else forward
+        outputs = forward(
             model,
             input_ids,
             attention_mask,
@@ -126,48 +98,14 @@ class PackedForwardMixin(GRPOTrainer):
             compute_aux_loss=compute_aux_loss,
             **images,
         )
+        # What comes now of TRL's loss reads metrics. Adaptive entropy goes on from one of them
+        if self._after_forward is not None and self.model.training and not self.use_adaptive_entropy:
+            self._after_forward.enter_context(read_later())
+        return outputs
 
-    def _score(self, forward, model, input_ids, attention_mask, logits_to_keep, batch_size):
-        """Log-probs `(B, T)` of the rows to score, by rows of like length; 0 for the others. All that TRL takes."""
-        prompts, completions = attention_mask[:, :-logits_to_keep], attention_mask[:, -logits_to_keep:]
-        lengths = torch.stack([prompts.sum(1), completions.sum(1)]).tolist()  # waits once a generation
-        rows = Rows(lengths[0], lengths[1], groups=list(range(len(input_ids))))
-        logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)  # (B, T)
-        for chunk in self._chunks_to_score(rows, batch_size):
-            part = {
-                "prompt_ids": input_ids[chunk, :-logits_to_keep],
-                "prompt_mask": prompts[chunk],
-                "completion_ids": input_ids[chunk, -logits_to_keep:],
-                "completion_mask": completions[chunk],
-            }
-            part = trim(part, self.pad_to_multiple_of)
-            width = part["completion_ids"].size(1)
-            logps[chunk, :width] = forward(
-                model,
-                torch.cat([part["prompt_ids"], part["completion_ids"]], 1),
-                torch.cat([part["prompt_mask"], part["completion_mask"]], 1),
-                width,
-            )[0].to(logps.dtype)
-        return logps, None, None
-
-    def _chunks_to_score(self, rows: Rows, batch_size: int) -> list[list[int]]:
-        """The rows to score in as many parts on each process, the longest first. Collective."""
-        chosen = sorted(self._rows_to_score(len(rows)), key=lambda row: -rows.completions[row])
-        if not self._budget:
-            chosen = self._as_many_everywhere(chosen)
-            return [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
-        form: Form = "packed" if self._packs else "padded"
-        chunks = deal(rows, chosen, self._budget, form)
-        most = max(gather_object([len(chunks)]))
-        # A process with few rows to score scores some of them again
-        return [
-            *deal(rows, chosen, self._budget, form, min(most, len(chosen))),
-            *([chosen[-1:]] * (most - len(chosen))),
-        ]
-
-    def _as_many_everywhere(self, rows: list[int]) -> list[int]:
-        """The rows, with the last one again and again where another process has more. Collective."""
-        return rows + rows[-1:] * (max(gather_object([len(rows)])) - len(rows))
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        read(self._metrics["train"])
+        super().log(logs, start_time)
 
     # Packing
 
@@ -209,11 +147,12 @@ class PackedForwardMixin(GRPOTrainer):
         """Tokens of a micro-batch; 0 where micro-batches are TRL's."""
         return self.args.tokens_per_micro_batch or 0
 
-    def _attend(self, implementation: str) -> None:
-        """Have the layers look up this implementation from now on, in each model that goes by this one's config."""
-        for model in (self.model, self.ref_model):
-            if model is not None:
-                model.config.get_text_config()._attn_implementation = implementation
+    def _attend_apart(self, apart: bool = True) -> None:
+        """From now on `sdpa` attends sequence by sequence in packed rows, where it can; or as before."""
+        if can_attend_by_sequence(self._text_config):
+            for model in (self.model, self.ref_model):
+                if model is not None:
+                    model.config.get_text_config()._attn_implementation = BY_SEQUENCE if apart else "sdpa"
 
     def _check_packing(self) -> None:
         """Pads from now on if this model does not keep packed sequences apart. Collective; does nothing again.
@@ -224,6 +163,7 @@ class PackedForwardMixin(GRPOTrainer):
         if self._packing_is_checked or not self._packs:
             return
         self._packing_is_checked = True  # before the forward passes of the check, which come by here
+        self._attend_apart()
         own, sharing = self._try_packing()
         everywhere = gather_object([(own.holds, own.difference, sharing.holds, sharing.difference)])
         attention = self._text_config._attn_implementation.replace(BY_SEQUENCE, "sdpa")
@@ -238,8 +178,7 @@ class PackedForwardMixin(GRPOTrainer):
                 found = f"{model} refuses packed rows: {own.refusal}"
             self._do_without("packed_forward", "rows are padded", found)
             self._packs = self._shares = False
-            if self._text_config._attn_implementation == BY_SEQUENCE:
-                self._attend("sdpa")
+            self._attend_apart(False)
         elif self._shares and not all(shared):
             found = (
                 f"rows of a shared prompt do not equal padded ones with {model}: their log-probs differ by up to "
@@ -340,7 +279,8 @@ class PackedForwardMixin(GRPOTrainer):
         # What keeps sequences apart: positions that restart, for layers without positions their boundaries
         apart: dict[str, Any] = {"position_ids": layout.position_ids}
         if self._text_config._attn_implementation == BY_SEQUENCE:
-            apart["spans"] = layout.spans
+            # A mask of ones spares transformers the look, for which it waits, whether positions restart
+            apart |= {"spans": layout.spans, "attention_mask": torch.ones_like(packed_ids)}
         if layout.is_shared and self._text_config._attn_implementation == "flex_attention":
             apart["attention_mask"] = block_mask(layout)
         if not layout.is_shared:

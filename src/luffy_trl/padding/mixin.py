@@ -12,11 +12,11 @@ from accelerate.utils import DistributedType, gather_object
 from torch.nn.functional import pad
 from trl import GRPOTrainer
 
-from .budget import Due, Step, dealt, form_of
+from .budget import Due, StepRows, dealt, form_of
 from .config import PaddingFreeConfig
-from .forward import PackedForwardMixin
 from .micro_batches import COMPLETION_KEYS, Batch, drop_zero_advantages, optimizer_steps, order_by_length, trim
 from .packing import Layout
+from .scoring import ScoringMixin
 
 
 logger = get_logger(__name__)
@@ -25,12 +25,13 @@ logger = get_logger(__name__)
 LOSSES_OVER_TOKENS = ("dapo", "cispo", "vespo")
 
 
-class PaddingFreeMixin(PackedForwardMixin):
+class PaddingFreeMixin(ScoringMixin):
     """
     GRPOTrainer whose micro-batches hold rows of like length, cut to the longest, packed where attention allows it.
 
     What differs from [`~trl.GRPOTrainer`], beside the forward passes of
-    [`~luffy_trl.padding.forward.PackedForwardMixin`], override by override:
+    [`~luffy_trl.padding.forward.PackedForwardMixin`] and [`~luffy_trl.padding.scoring.ScoringMixin`], override by
+    override:
 
     - `_prepare_inputs`: orders the rows of each optimizer step by length, and trims the micro-batches; or, with
       `tokens_per_micro_batch`, deals them into others;
@@ -59,6 +60,7 @@ class PaddingFreeMixin(PackedForwardMixin):
             )
         # Where the optimizer step under way began, and how many of its micro-batches were taken
         self._step_under_way, self._micro_batches_taken = -1, 0
+        self._micro_batches_run = 0
 
     # Micro-batches
 
@@ -120,7 +122,9 @@ class PaddingFreeMixin(PackedForwardMixin):
         if "pixel_values" in batches[0]:
             return [Due([batch]) for batch in batches]
         parts = self._steps_of(len(batches))
-        steps = [Step([batches[i] for i in part], self.pad_to_multiple_of, self._completion_keys) for part in parts]
+        steps = [
+            StepRows([batches[i] for i in part], self.pad_to_multiple_of, self._completion_keys) for part in parts
+        ]
         always = self.args.share_prompts is True
         forms = [form_of(step.rows, self._packs, self._shares, always) for step in steps]
         budget = self._budget
@@ -132,7 +136,6 @@ class PaddingFreeMixin(PackedForwardMixin):
                 batch = step.micro_batch(chosen, form, per_token=self.loss_type == "bnpo")
                 due[part.stop - 1].append(batch | {"most_rows": rows_elsewhere})
             self._tell_of_long_rows(sum(step.rows.of(chosen).tokens(form) > budget for chosen in rows))
-        self._metrics["train"]["micro_batches"] += [float(len(rows)) for rows in found]
         return due
 
     def _largest(self, numbers: list[int]) -> list[int]:
@@ -158,10 +161,17 @@ class PaddingFreeMixin(PackedForwardMixin):
                 # Transformers', of which TRL's counts one more step
                 loss = loss + super(GRPOTrainer, self).training_step(model, Due([batch]), num_items_in_batch)
         self._current_train_step_time += time.perf_counter() - start
+        self._count_micro_batches(len(due))
         if due:
             return loss + super().training_step(model, Due(due[-1:]), num_items_in_batch)
         self._step += 1
         return loss
+
+    def _count_micro_batches(self, run: int) -> None:
+        self._micro_batches_run += run
+        if self._micro_batches_taken % self.current_gradient_accumulation_steps == 0:
+            self._metrics["train"]["micro_batches"].append(float(self._micro_batches_run))
+            self._micro_batches_run = 0
 
     @contextmanager
     def _before_the_last(self, model) -> Iterator[None]:
