@@ -26,8 +26,6 @@ from luffy_trl.padding.packing import Span
 # Matrix products per pair of a query and a key: scores and values; going back, scores again and four gradients
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 BLOCK = 128  # flex attention's, queries and keys
-# In place of PyTorch's mask by which the last query sees all keys: no fake tensor can be one
-LAST_QUERIES = "last queries"
 
 
 def pairs_of_rows(mask: torch.Tensor) -> int:
@@ -145,9 +143,13 @@ def _whole_rows(module, query, key, value, attention_mask, **options):
     return _Attention.apply(query, key, value, _Now.pairs).transpose(1, 2).contiguous(), None
 
 
-def _by_sequence(query, key, value, attn_mask=None, is_causal=False, **options):
-    assert is_causal or attn_mask == LAST_QUERIES
+def _by_sequence(query, key, value, *before, window, **options):
+    """`_attend` of our attention as on a GPU, where flash attention knows that queries are the last of the keys."""
+    if before:
+        _, keys, values = before
+        key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
     queries, keys = query.size(2), key.size(2)
+    assert window is None or keys <= window
     return _Attention.apply(query, key, value, queries * (keys - queries) + queries * (queries + 1) // 2)
 
 
@@ -174,10 +176,9 @@ FORMULAS = {
 
 @contextmanager
 def _stand_ins() -> Iterator[None]:
-    """TRL's loss head as on a GPU: only scored tokens, folded in place. And our attention's mask."""
+    """TRL's loss head as on a GPU: only scored tokens, folded in place. And our attention."""
     stand_ins = {
-        (own_attention, "scaled_dot_product_attention"): _by_sequence,
-        (own_attention, "causal_lower_right"): lambda queries, keys: LAST_QUERIES,
+        (own_attention, "_attend"): _by_sequence,
         (trl_utils, "_use_triton"): lambda device: True,
         (chunked_logprob, "_forward_tile"): lambda *args, **kwargs: None,
         (chunked_logprob, "_backward_tile"): lambda *args, **kwargs: None,

@@ -42,7 +42,6 @@ from transformers import logging
 from trl import GRPOTrainer
 from trl.trainer.utils import compute_flops_per_token, get_peak_flops
 
-from luffy_trl.padding import attention as own_attention
 from luffy_trl.reporting.tables_and_curves import text_table
 
 
@@ -73,14 +72,8 @@ CPU_FORMULAS = {
 
 def counted_flops(trainer: GRPOTrainer) -> int:
     """Of one step, with a CPU's kernels."""
-    # What PyTorch makes of its own mask on a CPU; while ops are counted, that cannot be made
-    before = own_attention.causal_lower_right
-    own_attention.causal_lower_right = lambda queries, keys: torch.ones(queries, keys).tril(keys - queries).bool()
-    try:
-        with FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS) as counter:
-            forward_and_backward(trainer)
-    finally:
-        own_attention.causal_lower_right = before
+    with FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS) as counter:
+        forward_and_backward(trainer)
     return counter.get_total_flops()
 
 
