@@ -197,7 +197,8 @@ class DemonstrationEncoder:
         """The texts as the policy would write them after this prompt, which may already open the thought."""
         if not any("<think>" in text for text in texts):
             return texts
-        rendered = rendered_prompt(self.processing_class, prompt, self.chat_template_kwargs)
+        # Its end is what matters: images are not needed for it, and not there
+        rendered = rendered_prompt(self.processing_class, without_images(prompt), self.chat_template_kwargs)
         return [without_repeated_opening(rendered, text) for text in texts]
 
     def _ended(self, ids: list[int], prompt: str | list[dict[str, Any]], where: str) -> list[int]:
@@ -277,13 +278,6 @@ def _check_logps(logps: list[float], number_of_tokens: int, where: str) -> None:
 def _check_prompt(prompt: Any, row: int) -> None:
     if not isinstance(prompt, str | list) or not prompt:
         raise ValueError(f"Row {row}: `prompt` is {brief(prompt)}, expected a str or a list of messages.")
-    for message in prompt if isinstance(prompt, list) else []:
-        parts = message["content"] if isinstance(message.get("content"), list) else []
-        if any(part.get("type") == "image" for part in parts):
-            raise ValueError(
-                f"Row {row}: `prompt` has an image, which is not supported together with demonstrations. Leave it "
-                "out, or set num_demonstrations=0."
-            )
 
 
 def demonstration_text(value: Any, where: str) -> str:
@@ -319,6 +313,18 @@ def demonstration_text(value: Any, where: str) -> str:
 def as_completion(prompt: str | list, text: str) -> str | list[dict[str, str]]:
     """The text in the prompt's form."""
     return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+
+
+def without_images(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """A prompt with its texts alone."""
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        {**message, "content": [part for part in message["content"] if part.get("type") != "image"]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in prompt
+    ]
 
 
 def rendered_prompt(

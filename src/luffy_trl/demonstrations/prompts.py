@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from .encoding import SOURCE_COLUMNS, brief, rendered_prompt
+from .images import images_of
 
 
 # Positions beyond the window are an index error in these, and no extrapolation
@@ -36,9 +37,10 @@ def render(
     Raises:
         ValueError: starting with `where`, if the chat template refuses it.
     """
-    images = row.get("images") or ([row["image"]] if row.get("image") is not None else None)
     try:
-        return rendered_prompt(processing_class, row["prompt"], chat_template_kwargs, images, add_generation_prompt)
+        return rendered_prompt(
+            processing_class, row["prompt"], chat_template_kwargs, images_of(row), add_generation_prompt
+        )
     except Exception as error:  # a template may raise anything
         raise ValueError(_refusal(processing_class, row["prompt"], chat_template_kwargs, where, error)) from error
 
