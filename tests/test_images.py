@@ -1,8 +1,12 @@
 """Prompts with images beside demonstrations: a tiny Qwen2.5-VL, its loss and gradient against plain torch."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 from luffy_trl import LuffyTrainer
 
@@ -204,6 +208,41 @@ def test_it_trains_evaluates_and_logs_its_completions(make_vlm_trainer, options)
     assert len(logged) == 3
     assert logged[-1]["groups/guided"] > 0
     assert any("eval_reward" in line for line in trainer.state.log_history)
+
+
+def test_the_dataset_of_the_docs_trains(make_vlm_trainer, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    [block] = re.findall(r"```python\n(from datasets import Dataset, Image\n.*?)```", page, flags=re.DOTALL)
+    square("red", 2).save(tmp_path / "squares.png")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(block, names)
+    dataset = names["dataset"]
+    trainer = make_vlm_trainer(dataset, per_device_train_batch_size=4, max_completion_length=40, max_steps=1)
+    trainer.train()
+    [line] = [line for line in trainer.state.log_history if "loss" in line]
+    assert line["groups/guided"] == 1.0
+
+
+def test_rows_with_and_without_images_are_told_apart(make_vlm_trainer):
+    def without_every_other(row, i):
+        text = [{"type": "text", "text": question(i)}]
+        return row if i % 2 else {"prompt": [{"role": "user", "content": text}], "images": []}
+
+    rows = several_images().map(without_every_other, with_indices=True)
+    with pytest.raises(ValueError, match=r"The prompt .*What color.* has no image, and others of its generation have"):
+        make_vlm_trainer(rows, gradient_accumulation_steps=2).train()
+
+
+def test_an_adapter_learns_from_images(make_vlm_trainer):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    options = {"temperature": 0.7, "max_steps": 2, "loss_type": "dapo"}
+    trainer = make_vlm_trainer(one_image(8), trainer_options={"peft_config": lora}, **options)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all("lora" in name for name in changed)
 
 
 def test_a_model_that_reads_no_images_and_prompts_without_a_place_for_them(make_trainer, make_vlm_trainer, walks):

@@ -83,7 +83,7 @@ class DemonstrationEncoder:
         chat_template_kwargs: what prompts are rendered with, beside their messages.
 
     Raises:
-        ValueError: naming the row and the field, for a prompt that is missing or has images; for a demonstration that
+        ValueError: naming the row and the field, for a prompt that is missing; for a demonstration that
             is empty, is no text, or holds an EOS before its end; for log-probs that are not finite, positive, or of
             another number than the tokens; and for a demonstration that is too long under "error".
     """

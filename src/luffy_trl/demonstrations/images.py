@@ -34,6 +34,9 @@ def requests(
     Args:
         asked: rows, by their numbers; one may be there again.
         prompt_ids, fields: of all rows.
+
+    Raises:
+        ValueError: where some rows have images and others none.
     """
     beginnings = [d.token_ids if d else [] for d in (placement.demonstrations[i] for i in asked)]
     ids = [[*prompt_ids[i], *beginning] for i, beginning in zip(asked, beginnings, strict=True)]
@@ -41,6 +44,12 @@ def requests(
         return ids, None, {}
     rows = [placement.rows[i] for i in asked]
     _, images, own = tokenize([prepare_multimodal_messages(row["prompt"], images_of(row)) for row in rows])
+    if images is not None and None in images:
+        prompt = rows[images.index(None)]["prompt"]
+        raise ValueError(
+            f"The prompt {prompt!r:.200} has no image, and others of its generation have. TRL's GRPO takes prompts with "
+            "images or without, and not both: give each row one, or none."
+        )
     return ids, images, {name: _continued(values, beginnings) for name, values in own.items()}
 
 
