@@ -224,6 +224,19 @@ def test_the_dataset_of_the_docs_trains(make_vlm_trainer, tmp_path, monkeypatch)
     assert line["groups/guided"] == 1.0
 
 
+def test_the_path_of_a_file_is_an_image(make_vlm_trainer, tmp_path):
+    rows = one_image()
+    for i, image in enumerate(rows["image"]):
+        image.save(tmp_path / f"{i}.png")
+    paths = [str(tmp_path / f"{i}.png") for i in range(len(rows))]
+    losses = []
+    for dataset in (rows, rows.remove_columns("image").add_column("images", [[path] for path in paths])):
+        trainer = make_vlm_trainer(dataset, max_steps=1)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == losses[1] != 0
+
+
 def test_rows_with_and_without_images_are_told_apart(make_vlm_trainer):
     def without_every_other(row, i):
         text = [{"type": "text", "text": question(i)}]
