@@ -47,8 +47,8 @@ def requests(
     if images is not None and None in images:
         prompt = rows[images.index(None)]["prompt"]
         raise ValueError(
-            f"The prompt {prompt!r:.200} has no image, and others of its generation have. TRL's GRPO takes prompts with "
-            "images or without, and not both: give each row one, or none."
+            f"The prompt {prompt!r:.200} has no image, and others of its generation have. TRL's GRPO takes prompts "
+            "with images or without, and not both: give each row one, or none."
         )
     return ids, images, {name: _continued(values, beginnings) for name, values in own.items()}
 
