@@ -184,7 +184,14 @@ def test_a_step_without_padding_is_the_step_with_it(make_vlm_trainer, options):
         torch.testing.assert_close(trimmed[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"demonstration_source": "replay", "replay_start": 0.0}, {"success_gate": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"demonstration_source": "replay", "replay_start": 0.0},
+        {"success_gate": 0.5},
+        {"tokens_per_micro_batch": 200},
+    ],
+)
 def test_it_trains_evaluates_and_logs_its_completions(make_vlm_trainer, options):
     def every_other(completions, **kwargs):
         return [float(i % 2) for i in range(len(completions))]
