@@ -189,7 +189,6 @@ def test_a_rollout_ends_at_any_of_the_models_eos_tokens(encode, tokenizer):
         (None, "Row 2: `prompt` is NoneType None, expected a str or a list of messages"),
         ("", "Row 2: `prompt` is str ''"),
         ([], r"Row 2: `prompt` is list \[\]"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "Row 2: `prompt` has an image"),
     ],
 )
 def test_prompts_that_cannot_be(encode, prompt, message):

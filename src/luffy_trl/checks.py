@@ -27,6 +27,7 @@ from .demonstrations.encoding import (
     DemonstrationEncoder,
     column_names,
 )
+from .demonstrations.images import IMAGE_COLUMNS
 from .demonstrations.placement import Placement
 from .demonstrations.prompts import Reader, check_prompts
 from .rewards.signatures import misfit
@@ -66,14 +67,10 @@ def check_options(arguments: dict[str, Any], args: LuffyConfig) -> None:
     if isinstance(train_dataset, Dataset):
         _check_size(train_dataset, args)
     columns = column_names(train_dataset) if isinstance(train_dataset, Dataset | IterableDataset) else None
-    if args.skip_zero_advantages and columns is not None:
-        _check_no_images_are_skipped(columns)
     if args.num_demonstrations > 0:
         _check_options_beside_demonstrations(arguments, args)
-        if columns is not None:
-            if args.demonstration_source == "dataset":
-                _check_demonstration_columns(columns)
-            _check_columns_beside_demonstrations(columns)
+        if columns is not None and args.demonstration_source == "dataset":
+            _check_demonstration_columns(columns)
 
 
 def named_datasets(arguments: dict[str, Any]) -> dict[str, Dataset | IterableDataset]:
@@ -95,15 +92,6 @@ def _check_size(train_dataset: Dataset, args: LuffyConfig) -> None:
             f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations}), "
             "so no step would be taken. Add rows, or lower gradient_accumulation_steps or "
             "per_device_train_batch_size."
-        )
-
-
-def _check_no_images_are_skipped(columns: list[str]) -> None:
-    images = [column for column in columns if column in ("image", "images")]
-    if images:
-        raise ValueError(
-            f"skip_zero_advantages=True cannot be combined with images, and `train_dataset` has a column "
-            f"{images[0]!r}: rows with images stay in their micro-batches. Set it to False."
         )
 
 
@@ -161,14 +149,6 @@ def _check_demonstration_columns(columns: list[str]) -> None:
         )
 
 
-def _check_columns_beside_demonstrations(columns: list[str]) -> None:
-    if "image" in columns or "images" in columns:
-        raise ValueError(
-            "`train_dataset` has images, which are not supported together with demonstrations. Remove the column, or "
-            "set num_demonstrations=0."
-        )
-
-
 def _check_names_are_free(name: str, columns: list[str]) -> None:
     taken = [column for column in ENCODED_COLUMNS if column in columns]
     if taken:
@@ -204,12 +184,32 @@ def check_against_model(
     messages = []
     for name, dataset in named_datasets(arguments).items():
         if "prompt" in column_names(dataset):
+            _check_images_are_read(name, dataset, processing_class)
             rows = dataset if isinstance(dataset, Dataset) else first_rows(dataset, LOOKED_AT, f"`{name}`")
             of = "" if name == "train_dataset" else f" of `{name}`"
             messages += check_prompts(reader, rows, of, args.max_completion_length)
             if eos_token_ids is not None and name == "train_dataset" and isinstance(rows[0]["prompt"], list):
                 messages += turn_endings(processing_class, eos_token_ids, args.chat_template_kwargs)
     return messages
+
+
+def _check_images_are_read(
+    name: str, dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase | ProcessorMixin
+) -> None:
+    images = [column for column in column_names(dataset) if column in IMAGE_COLUMNS]
+    if not images:
+        return
+    where = f"`{name}` has a column {images[0]!r}, and"
+    if not isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"{where} the model reads no images: it has a tokenizer and no processor. Take a vision-language model, "
+            "or remove the column."
+        )
+    if isinstance(first_rows(dataset, 1, f"`{name}`")[0]["prompt"], str):
+        raise ValueError(
+            f"{where} its prompts are plain texts, in which images have no place. Make `prompt` a list of messages, "
+            "such as [{'role': 'user', 'content': ...}]."
+        )
 
 
 def check_eos(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -242,7 +242,7 @@ def check_rewards(arguments: dict[str, Any], args: LuffyConfig) -> None:
     for name, dataset in named_datasets(arguments).items():
         withheld = list(SOURCE_COLUMNS) if args.num_demonstrations > 0 else []
         if args.remove_unused_columns:
-            withheld = [column for column in column_names(dataset) if column not in ("image", "images")]
+            withheld = [column for column in column_names(dataset) if column not in IMAGE_COLUMNS]
         check_reward_inputs(called, dataset, "The reward function", f"`{name}`", withheld)
 
 

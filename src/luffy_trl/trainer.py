@@ -36,6 +36,7 @@ from .config import LuffyConfig
 from .demonstrations.acting import TrajectoriesMixin
 from .demonstrations.encoding import ROW_COLUMN, without_demonstrations
 from .demonstrations.guidance import Guidance, progress
+from .demonstrations.images import requests
 from .demonstrations.placement import (
     Generation,
     behavior_logps,
@@ -257,13 +258,9 @@ class LuffyTrainer(
             to_sample = placement.rows_to_sample()
             # vLLM hands each process a slice of one width; the surplus is left out when the rows are merged
             asked = self._as_many_everywhere(to_sample) if self.use_vllm else to_sample
-            beginnings = [d.token_ids if d else [] for d in placement.demonstrations]
-            sampled_ids, sampled_logps = sample(
-                [prompt_ids[i] + beginnings[i] for i in asked],
-                images,  # none: refused beside demonstrations
-                {key: [value[i] for i in asked] for key, value in multimodal_fields.items()},
-                num_generations=1,  # groups are ragged now: each row is a request of its own
-            )
+            prompts = requests(placement, asked, prompt_ids, multimodal_fields, self._tokenize_prompts)
+            # Groups are ragged now: each row is a request of its own
+            sampled_ids, sampled_logps = sample(*prompts, num_generations=1)
             return merge_completions(
                 placement.demonstrations, to_sample, sampled_ids, sampled_logps, self.max_completion_length
             )

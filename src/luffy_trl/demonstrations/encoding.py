@@ -120,7 +120,7 @@ class DemonstrationEncoder:
         gives_prefixes: the policy continues demonstrations, which cannot be done with a trajectory.
 
     Raises:
-        ValueError: naming the row and the field, for a prompt that is missing or has images; for a demonstration that
+        ValueError: naming the row and the field, for a prompt that is missing; for a demonstration that
             is empty, is no text, or holds an EOS before its end; for log-probs that are not finite, positive, or of
             another number than the tokens; and for a demonstration that is too long under "error".
     """
@@ -254,7 +254,8 @@ class DemonstrationEncoder:
         if not any("<think>" in text for text in texts):
             return texts
         options = self.chat_template_kwargs | self.tools.options(row, "`tools`")
-        rendered = rendered_prompt(self.processing_class, row["prompt"], options)
+        # Its end is what matters: images are not needed for it, and not there
+        rendered = rendered_prompt(self.processing_class, without_images(row["prompt"]), options)
         return [without_repeated_opening(rendered, text) for text in texts]
 
     def _ended(self, ids: list[int], prompt: str | list[dict[str, Any]], where: str) -> list[int]:
@@ -364,13 +365,6 @@ def _check_logps(logps: list[float], number_of_tokens: int, where: str) -> None:
 def _check_prompt(prompt: Any, row: int) -> None:
     if not isinstance(prompt, str | list) or not prompt:
         raise ValueError(f"Row {row}: `prompt` is {brief(prompt)}, expected a str or a list of messages.")
-    for message in prompt if isinstance(prompt, list) else []:
-        parts = message["content"] if isinstance(message.get("content"), list) else []
-        if any(part.get("type") == "image" for part in parts):
-            raise ValueError(
-                f"Row {row}: `prompt` has an image, which is not supported together with demonstrations. Leave it "
-                "out, or set num_demonstrations=0."
-            )
 
 
 def demonstration_text(value: Any, where: str) -> str:
@@ -406,6 +400,18 @@ def demonstration_text(value: Any, where: str) -> str:
 def as_completion(prompt: str | list, text: str) -> str | list[dict[str, str]]:
     """The text in the prompt's form."""
     return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+
+
+def without_images(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """A prompt with its texts alone."""
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        {**message, "content": [part for part in message["content"] if part.get("type") != "image"]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in prompt
+    ]
 
 
 def stop_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

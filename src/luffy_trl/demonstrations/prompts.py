@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from .encoding import SOURCE_COLUMNS
+from .images import images_of
 from .rendering import brief, rendered_prompt, tools_of
 
 
@@ -38,11 +39,12 @@ def render(
     Raises:
         ValueError: starting with `where`, if the chat template refuses it.
     """
-    images = row.get("images") or ([row["image"]] if row.get("image") is not None else None)
     if "tools" not in chat_template_kwargs and (tools := tools_of(row, where)) is not None:
         chat_template_kwargs = chat_template_kwargs | {"tools": tools}
     try:
-        return rendered_prompt(processing_class, row["prompt"], chat_template_kwargs, images, add_generation_prompt)
+        return rendered_prompt(
+            processing_class, row["prompt"], chat_template_kwargs, images_of(row), add_generation_prompt
+        )
     except Exception as error:  # a template may raise anything
         raise ValueError(_refusal(processing_class, row["prompt"], chat_template_kwargs, where, error)) from error
 

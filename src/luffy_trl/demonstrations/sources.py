@@ -299,4 +299,5 @@ def open_source(
 def _identity(dataset: Dataset) -> str:
     """The number of rows, and a checksum of up to about 1000 prompts among them."""
     prompts = dataset.select(range(0, len(dataset), max(len(dataset) // 1000, 1)))["prompt"]
-    return f"{len(dataset)}-{zlib.crc32(json.dumps(list(prompts)).encode()):08x}"
+    texts = json.dumps(list(prompts), default=lambda image: type(image).__name__)
+    return f"{len(dataset)}-{zlib.crc32(texts.encode()):08x}"

@@ -11,6 +11,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, gather_object
 from torch.nn.functional import pad
 from trl import GRPOTrainer
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from .budget import Due, StepRows, dealt, form_of
 from .config import PaddingFreeConfig
@@ -86,15 +87,14 @@ class PaddingFreeMixin(ScoringMixin):
 
     def _arrange(self, batches: list[Batch]) -> list[Batch]:
         """The micro-batches of a generation, without wasted padding. No row leaves its optimizer step."""
-        if "pixel_values" in batches[0]:  # rows with different numbers of image tensors cannot change places
-            return batches
+        batches = [split_pixel_values_by_grid(batch) for batch in batches]  # a row's images go where it goes
         if self._steps_are_the_same_in_each_iteration(len(batches)):
             batches = [batch for step in self._steps_of(len(batches)) for batch in self._reorder(batches, step)]
-        return [self._trimmed(batch) for batch in batches]
+        return [self._trimmed(unsplit_pixel_values_by_grid(batch)) for batch in batches]
 
     def _trimmed(self, batch: Batch) -> Batch:
         batch = trim(batch, self.pad_to_multiple_of, self._completion_keys)
-        if self._packs:
+        if self._packs and "pixel_values" not in batch:
             mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
             batch["layout"] = Layout.of_masks(mask.bool(), batch["completion_mask"].size(1))
         return batch
