@@ -37,6 +37,7 @@ def test_another_gradient_is_told_apart(checks):
     assert checks.distance(one, other) > 0.1
 
 
+@pytest.mark.slow
 def test_a_measured_step_stands_beside_what_is_counted_for_it(checks):
     step = checks.measured_against_counted("TRL", "sdpa", "cpu", WORK, SHAPE, steps=1)
     assert step["seconds"] > 0

@@ -99,7 +99,7 @@ def best_kernel() -> str:
 def test_packed_equals_padded_in_float32(found, name, attention):
     apart = packed_against_padded(name, here(attention), "cuda", torch.float32, ROWS, SMALL)
     found["attention"][f"{name}, {attention}, float32"] = apart
-    assert apart["packed"] < 1e-4
+    assert apart["packed"] < 5e-4
 
 
 @pytest.mark.parametrize(
