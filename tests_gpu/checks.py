@@ -1,10 +1,14 @@
 """What only a GPU can show, as functions of the device: the tests of a CPU run them too, at tiny size."""
 
+import json
 import os
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,3 +96,15 @@ def counted(name: str, attention: str, work: Workload, shape: dict[str, int]) ->
         update_flops.of_all_layers(one.flops, two.flops, layers),
         max(update_flops.of_all_layers(*peak, layers) for peak in peaks),
     )
+
+
+def write_results(path: Path, device: str, memory_bytes: int, results: dict[str, Any]) -> None:
+    """What was found, and where: a package that is not installed has no version."""
+    versions: dict[str, str | None] = {}
+    for name in ("torch", "transformers", "trl", "flash-attn", "kernels", "vllm", "luffy_trl"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    where = {"date": date.today().isoformat(), "device": device, "memory_bytes": memory_bytes, "versions": versions}
+    path.write_text(json.dumps(where | results, indent=1) + "\n", encoding="utf-8")
