@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,8 @@ def test_the_results_say_what_was_installed(checks, tmp_path):
     checks.write_results(tmp_path / "gpu.json", "a GPU", 80 * 2**30, {"attention": {"packed": 0.0}})
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert (written["device"], written["attention"]) == ("a GPU", {"packed": 0.0})
-    assert written["versions"]["torch"] == torch.__version__
-    assert written["versions"]["flash-attn"] is None
+    assert written["versions"]["torch"] == version("torch")
+    assert set(written["versions"]) >= {"transformers", "flash-attn", "kernels", "vllm"}
 
 
 @pytest.mark.slow
