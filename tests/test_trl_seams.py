@@ -24,6 +24,8 @@ SIGNATURES = {
     "_compute_loss": ["self", "model", "inputs"],
     "log": ["self", "logs", "start_time"],
     "_prepare_inputs": ["self", "generation_batch"],
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     "_log_completion_extra": ["self", "column", "values"],
 }  # fmt: skip
 
@@ -57,6 +59,12 @@ def test_the_constructor_takes_what_is_checked():
         ("_generate_and_score_completions", ["num_items_in_batch = self.accelerator.gather(loss_mask.sum()).sum()"]),
         # what evaluation sets' names rely on
         ("log", ['metrics = {f"eval_{key}": val for key, val in metrics.items()}', "self._metrics[mode].clear()"]),
+        # what a budget of tokens relies on: the buffer, the count of steps, and what divides a micro-batch's loss
+        ("_prepare_inputs", ["inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]"]),
+        ("training_step", ["super().training_step(model, inputs, num_items_in_batch)", "self._step += 1"]),
+        ("_compute_loss", ["normalizer = self.current_gradient_accumulation_steps if mode ==", "size(0) * self.max_"]),
+        # what reading metrics late relies on
+        ("_compute_loss", ["nanmin(gathered_low_clip).item()", "nanmax(gathered_high_clip).item()"]),
         # NaN sampling log-probs are an importance ratio of 1
         ("_generate_and_score_completions", ["torch.nan_to_num(per_token_logps_diff, nan=0.0)"]),
     ],
