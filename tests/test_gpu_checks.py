@@ -1,8 +1,10 @@
 """What `make test-gpu` runs on a GPU, on the CPU at tiny size; and what it says where there is no GPU."""
 
+import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -37,12 +39,21 @@ def test_another_gradient_is_told_apart(checks):
     assert checks.distance(one, other) > 0.1
 
 
+@pytest.mark.slow
 def test_a_measured_step_stands_beside_what_is_counted_for_it(checks):
     step = checks.measured_against_counted("TRL", "sdpa", "cpu", WORK, SHAPE, steps=1)
     assert step["seconds"] > 0
     assert step["counted_flops"] > 0
     assert step["counted_peak_memory_bytes"] > 0
     assert step["peak_memory_bytes"] is step["mfu"] is None  # of a GPU
+
+
+def test_the_results_say_what_was_installed(checks, tmp_path):
+    checks.write_results(tmp_path / "gpu.json", "a GPU", 80 * 2**30, {"attention": {"packed": 0.0}})
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert (written["device"], written["attention"]) == ("a GPU", {"packed": 0.0})
+    assert written["versions"]["torch"] == version("torch")
+    assert set(written["versions"]) >= {"transformers", "flash-attn", "kernels", "vllm"}
 
 
 @pytest.mark.slow

@@ -29,6 +29,8 @@ SIGNATURES = {
     "_tool_call_loop": [
         "self", "prompts", "prompt_ids", "completion_ids", "completions", "logprobs", "images", "multimodal_fields",
     ],
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     "_log_completion_extra": ["self", "column", "values"],
 }  # fmt: skip
 
@@ -70,6 +72,12 @@ def test_the_constructor_takes_what_is_checked():
         ),
         ("_generate", ["return prompt_ids, completion_ids, tool_mask, completions, logprobs"]),
         ("_tokenize_prompts", ["tools=self.tools or None"]),
+        # what a budget of tokens relies on: the buffer, the count of steps, and what divides a micro-batch's loss
+        ("_prepare_inputs", ["inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]"]),
+        ("training_step", ["super().training_step(model, inputs, num_items_in_batch)", "self._step += 1"]),
+        ("_compute_loss", ["normalizer = self.current_gradient_accumulation_steps if mode ==", "size(0) * self.max_"]),
+        # what reading metrics late relies on
+        ("_compute_loss", ["nanmin(gathered_low_clip).item()", "nanmax(gathered_high_clip).item()"]),
         # NaN sampling log-probs are an importance ratio of 1
         ("_generate_and_score_completions", ["torch.nan_to_num(per_token_logps_diff, nan=0.0)"]),
     ],

@@ -1,7 +1,14 @@
 """What only a GPU can show, as functions of the device: the tests of a CPU run them too, at tiny size."""
 
+import json
+import os
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,7 +64,9 @@ def measured_against_counted(
             synchronize(trainer)
             seconds.append(time.perf_counter() - start)
         peak = torch.cuda.max_memory_allocated() if on_gpu else None
-    flops, counted_peak = counted(name, attention, work, shape)
+    # In a process of its own, which has no GPU: Accelerate knows one device in each
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_hide_gpus) as own_process:
+        flops, counted_peak = own_process.submit(counted, name, attention, work, shape).result(timeout=300)
     best = get_peak_flops(torch.cuda.get_device_name(0), "bf16") if on_gpu else None
     return {
         "attention": attention,
@@ -67,6 +76,10 @@ def measured_against_counted(
         "counted_peak_memory_bytes": counted_peak,
         "mfu": flops / min(seconds) / best if best else None,
     }
+
+
+def _hide_gpus() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def counted(name: str, attention: str, work: Workload, shape: dict[str, int]) -> tuple[int, int]:
@@ -83,3 +96,15 @@ def counted(name: str, attention: str, work: Workload, shape: dict[str, int]) ->
         update_flops.of_all_layers(one.flops, two.flops, layers),
         max(update_flops.of_all_layers(*peak, layers) for peak in peaks),
     )
+
+
+def write_results(path: Path, device: str, memory_bytes: int, results: dict[str, Any]) -> None:
+    """What was found, and where: a package that is not installed has no version."""
+    versions: dict[str, str | None] = {}
+    for name in ("torch", "transformers", "trl", "flash-attn", "kernels", "vllm", "luffy_trl"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    where = {"date": date.today().isoformat(), "device": device, "memory_bytes": memory_bytes, "versions": versions}
+    path.write_text(json.dumps(where | results, indent=1) + "\n", encoding="utf-8")
