@@ -13,8 +13,8 @@ TORCH ?= torch==2.13.0
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo demo-lm test test-fast test-oldest test-newest test-lm test-vllm test-trackers test-uv test-wheel bench
-.PHONY: bench-learning bench-lm lint format docs notebooks build clean
+.PHONY: help demo demo-lm test test-fast test-oldest test-newest test-lm test-vllm test-gpu test-trackers test-uv
+.PHONY: test-wheel bench bench-flops bench-learning bench-lm lint format docs notebooks build clean
 
 help:
 	@echo "make demo [SEED=0]  compare GRPO, LUFFY and SFT on the embedded task; results in outputs/demo"
@@ -24,11 +24,13 @@ help:
 	@echo "make test-oldest    the fast tests and a short demo with the oldest versions that pyproject.toml admits"
 	@echo "make test-newest    the same with the newest that the registry has"
 	@echo "make test-vllm      train with a real vLLM, its CPU build, in an environment of its own"
+	@echo "make test-gpu       on a GPU: kernels, precision, memory and speed; benchmarks/results/gpu.json; under ten minutes"
 	@echo "make test-trackers  report to Trackio, W&B and TensorBoard, and read what they kept, in an environment of its own"
 	@echo "make test-uv        run the scripts of examples/ with uv, from an empty directory"
 	@echo "make test-lm        train, save, load and evaluate a real language model of 135M parameters"
 	@echo "make test-wheel     build the wheel, install it in a new environment, and run its demo from elsewhere"
-	@echo "make bench          the update phase and whole steps against TRL's; results in benchmarks/results"
+	@echo "make bench          the update phase and whole steps against TRL's, in seconds; results in benchmarks/results"
+	@echo "make bench-flops    the update phase of 7B and 4B models against TRL's, counted in FLOPs and memory"
 	@echo "make bench-learning what each method learns on the embedded tasks; docs/learning.md; about an hour"
 	@echo "make bench-lm       what each method teaches a real language model; benchmarks/results/learning_lm.json; hours"
 	@echo "make lint           ruff, mypy, and what may import what"
@@ -109,6 +111,11 @@ $(VENV)-vllm/installed: pyproject.toml
 test-vllm: $(VENV)-vllm/installed
 	$(VENV)-vllm/bin/python -m pytest tests_vllm
 
+# With another Python, one that has torch for the GPU, and perhaps flash attention or vLLM: GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+test-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/installed-dev)
+	$(if $(filter $(BIN)/python,$(GPU_PYTHON)),,PYTHONPATH=src) $(GPU_PYTHON) -m pytest -rs tests_gpu
+
 # On top of the tests' environment, whose every import of TRL would import the trackers if they were in there. Without
 # the constraints, since Trackio wants an older Pillow
 $(VENV)-trackers/installed: $(VENV)/installed-dev
@@ -128,17 +135,24 @@ $(VENV)-uv/installed:
 test-uv: build $(VENV)/installed-dev $(VENV)-uv/installed
 	$(BIN)/python -m pytest tests_uv
 
+# Seconds are worth something on an idle machine only: each command warns where it was not
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/update_phase.py --output benchmarks/results/update_phase_cpu.json
-	$(BIN)/python benchmarks/update_phase.py --lengths equal --output benchmarks/results/update_phase_equal_lengths_cpu.json
-	$(BIN)/python benchmarks/update_phase.py --whole --output benchmarks/results/whole_step_cpu.json
-	$(BIN)/python benchmarks/update_phase.py --curve --prompts 8 --output benchmarks/results/update_phase_curve_cpu.json
+	$(BIN)/python benchmarks/update_phase.py --lengths long_prompt --output benchmarks/results/update_phase_long_prompt_cpu.json
+	$(BIN)/python benchmarks/update_phase.py --lengths equal --configurations TRL trimmed budget --output benchmarks/results/update_phase_equal_lengths_cpu.json
+	$(BIN)/python benchmarks/update_phase.py --whole --configurations TRL budget --output benchmarks/results/whole_step_cpu.json
+	$(BIN)/python benchmarks/update_phase.py --curve --prompts 8 --configurations TRL budget --output benchmarks/results/update_phase_curve_cpu.json
 	$(BIN)/python benchmarks/rewards.py --output benchmarks/results/rewards_made_up_cpu.json
 	$(BIN)/python benchmarks/generation.py --output benchmarks/results/generation_cpu.json
+
+# Counts, the same on every machine
+bench-flops: $(VENV)/installed
+	$(BIN)/python benchmarks/update_flops.py --output benchmarks/results/update_phase_flops.json
 
 # Goes on where it was stopped: remove outputs/learning to start anew
 bench-learning: $(VENV)/installed
 	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/tool_learning.py
 
 $(VENV)/installed-lm: $(VENV)/installed-smollm2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval]' pytest

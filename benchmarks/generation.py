@@ -7,22 +7,18 @@ here (EOS is forbidden until then), so that both do the same work per row. The t
 """
 
 import argparse
-import json
-import platform
-import statistics
 import tempfile
 import time
 from collections import defaultdict
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import datasets
 import torch
+from measuring import in_turn, spread, watched_machine, write_record
+from recorded import Workload, make_model, make_tokenizer, reward, to_text
 from tqdm import tqdm
 from transformers import logging
 from trl import GRPOConfig, GRPOTrainer
-from update_phase import make_groups, make_model, make_tokenizer, reward, to_text
 
 from luffy_trl import LuffyConfig, LuffyTrainer
 from luffy_trl.reporting.tables_and_curves import text_table
@@ -50,7 +46,7 @@ def make_trainer(trainer_class: type, config_class: type, groups: list[dict], ar
         **more,
     )
     trainer = trainer_class(
-        make_model(args),
+        make_model(args.device, "sdpa"),
         reward,
         config,
         train_dataset=datasets.Dataset.from_list(rows),
@@ -80,40 +76,29 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--output", type=Path, help="write the results there, as JSON")
     args = parser.parse_args()
-    args.device, args.divide, args.lengths, args.seed = ("cuda" if on_gpu else "cpu"), 16, "paper", 0
-    args.attention = "sdpa"
+    args.device = "cuda" if on_gpu else "cpu"
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
 
-    groups = make_groups(args)
+    groups = Workload(args.prompts, args.group_size, args.demonstrations).groups()
     seconds = defaultdict(list)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, watched_machine() as machine:
         luffy_options = {"num_demonstrations": args.demonstrations}
         trainers = {
             "TRL": make_trainer(GRPOTrainer, GRPOConfig, groups, args, directory),
             "LUFFY": make_trainer(LuffyTrainer, LuffyConfig, groups, args, directory, **luffy_options),
         }
-        turns = [(run, name) for run in range(args.runs + 1) for name in trainers]
+        turns = in_turn(list(trainers), args.runs + 1)
         for run, name in tqdm(turns, desc="Generations of both trainers", unit="generation"):
             took = one_generation(trainers[name])
             if run > 0:  # the first is a warm-up
                 seconds[name].append(took)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    rows = [[name, f"{medians[name]:.2f}", f"{min(v):.2f}-{max(v):.2f}"] for name, v in seconds.items()]
+    results = {name: spread(seconds[name]) for name in trainers}
+    rows = [[name, f"{r['median']:.2f}", f"{r['min']:.2f}-{r['max']:.2f}"] for name, r in results.items()]
     print(text_table(["generation", "s", "min-max"], rows))
-    print(f"ratio {medians['LUFFY'] / medians['TRL']:.2f}")
+    print(f"ratio {results['LUFFY']['median'] / results['TRL']['median']:.2f}")
     if args.output:
-        record = {
-            "date": date.today().isoformat(),
-            "device": torch.cuda.get_device_name(0)
-            if on_gpu
-            else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-            "versions": {name: version(name) for name in ("torch", "trl", "transformers", "luffy_trl")},
-            "arguments": {key: value for key, value in vars(args).items() if key != "output"},
-            "results": seconds,
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(args.output, args, machine, results, ("torch", "trl", "transformers"))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
+from measuring import spread, watched_machine
 from tqdm import tqdm, trange
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -127,7 +129,7 @@ def main() -> None:
     random.seed(0)
     rng = np.random.default_rng(0)
 
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, watched_machine() as machine:
         trainer = make_trainer(directory, options.prompts, options.tokens)
         buffer = trainer._source.buffer
         buffer.capacity = options.trajectories
@@ -147,7 +149,7 @@ def main() -> None:
         buffer.started = True
 
         rounds = trange(5, desc="Generations of the paper's size", unit="generation")
-        paper_size = statistics.median(paper_size_seconds(trainer._source, options.tokens, rng) for _ in rounds)
+        paper_size = spread([paper_size_seconds(trainer._source, options.tokens, rng) for _ in rounds])
         trainer.watch()
         # a step takes minutes, most of them one token after the other
         with tqdm(desc="Forward passes of two steps", unit="") as bar:
@@ -159,6 +161,7 @@ def main() -> None:
     results = {
         "date": date.today().isoformat(),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "others": asdict(machine),
         "trajectories": options.trajectories,
         "tokens_each": options.tokens,
         "prompts": options.prompts,
@@ -167,7 +170,8 @@ def main() -> None:
         "resident_bytes_after_a_save": peak,
         "save_seconds": round(saving, 2),
         "load_seconds": round(loading, 2),
-        "paper_size_generation_seconds": round(paper_size, 4),
+        "paper_size_generation_seconds": round(paper_size["median"], 4),
+        "paper_size_generation_spread": paper_size,
         "step_seconds": [round(x, 2) for x in steps],
         "source_seconds_a_step": [round(x, 4) for x in in_source],
         "share_of_a_step": round(statistics.median(in_source) / statistics.median(steps), 5),

@@ -12,16 +12,14 @@ import argparse
 import json
 import operator
 import os
-import platform
 import random
 import statistics
 import time
 from collections import defaultdict
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
+from measuring import spread, watched_machine, write_record
 from tqdm import tqdm
 from trl.rewards import reasoning_accuracy_reward
 
@@ -100,41 +98,41 @@ def main() -> None:
     rng = random.Random(args.seed)
     golds, texts = load_problems(args.data, rng)
     seconds, agreement = defaultdict(list), defaultdict(list)
-    for run in tqdm(range(args.runs + 1), desc="Runs of both rewards", unit="run"):
-        completions, solutions, truth = make_run(run, args, golds, texts, rng)
-        for name, reward in REWARDS.items() if run % 2 else reversed(REWARDS.items()):
-            start = time.perf_counter()
-            rewards = reward(list(completions), solution=list(solutions))
-            seconds[name].append(time.perf_counter() - start)
-            agreement[name].append(sum(map(operator.eq, rewards, truth)) / len(truth))
+    with watched_machine() as machine:
+        for run in tqdm(range(args.runs + 1), desc="Runs of both rewards", unit="run"):
+            completions, solutions, truth = make_run(run, args, golds, texts, rng)
+            for name, reward in REWARDS.items() if run % 2 else reversed(REWARDS.items()):
+                start = time.perf_counter()
+                rewards = reward(list(completions), solution=list(solutions))
+                seconds[name].append(time.perf_counter() - start)
+                agreement[name].append(sum(map(operator.eq, rewards, truth)) / len(truth))
     first = {name: values.pop(0) for name, values in seconds.items()}
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    results = {name: spread(values) for name, values in seconds.items()}
     rows = [
         [
             name,
-            f"{medians[name]:.2f}",
-            f"{min(values):.2f}-{max(values):.2f}",
+            f"{r['median']:.2f}",
+            f"{r['min']:.2f}-{r['max']:.2f}",
             f"{first[name]:.2f}",
             f"{statistics.mean(agreement[name]):.2%}",
         ]
-        for name, values in seconds.items()
+        for name, r in results.items()
     ]
     print(text_table([f"{args.completions} completions", "s", "min-max", "first call", "as expected"], rows))
-    ratio = medians["LUFFY"] / medians["TRL"]
+    ratio = results["LUFFY"]["median"] / results["TRL"]["median"]
     print(f"ratio {ratio:.2f}, with {default_workers()} workers")
     if args.output:
-        record = {
-            "date": date.today().isoformat(),
-            "device": f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores, {default_workers()} workers",
-            "versions": {name: version(name) for name in ("trl", "math-verify", "sympy", "luffy_trl")},
-            "arguments": {key: value for key, value in vars(args).items() if key not in ("output", "data")},
-            "data": "six benchmarks and real traces" if args.data else "made up",
-            "first_call": first,
-            "results": seconds,
-            "as_expected": {name: statistics.mean(values) for name, values in agreement.items()},
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(
+            args.output,
+            args,
+            machine,
+            results,
+            ("trl", "math-verify", "sympy"),
+            cores=f"{len(os.sched_getaffinity(0))} cores, {default_workers()} workers",
+            data="six benchmarks and real traces" if args.data else "made up",
+            first_call=first,
+            as_expected={name: statistics.mean(values) for name, values in agreement.items()},
+        )
 
 
 if __name__ == "__main__":

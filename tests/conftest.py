@@ -111,6 +111,14 @@ def chat_model_dir(tmp_path_factory, chat_tokenizer) -> Path:
     return save_tiny_qwen2(tmp_path_factory.mktemp("chat-model"), chat_tokenizer, max_position_embeddings=2048)
 
 
+@pytest.fixture(scope="session")
+def acting_model(tmp_path_factory) -> Path:
+    """Calls the letter chain's tool now and then."""
+    from .acting_model import save_acting_model
+
+    return save_acting_model(tmp_path_factory.mktemp("acting-model"))
+
+
 # What `speaking_model` says
 SAID = "1 + 1 = 2\n</think>\n\nThe answer is \\boxed{2}"
 

@@ -8,7 +8,14 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from luffy_trl import LuffyConfig, LuffyTrainer
+from luffy_trl.tasks.letter_chain import Links
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
+
+
+if not __package__:  # of a script that is launched
+    from tiny_vlm import build_processor, several_images
+else:
+    from .tiny_vlm import build_processor, several_images
 
 
 LONGEST_DEMONSTRATION = 10  # letters; greedy rollouts of the untrained model are longer
@@ -21,6 +28,9 @@ def letters_reward(completions: list, **kwargs) -> list[float]:
 
 def now_and_then(prompts: list, completions: list, **kwargs) -> list[float | None]:
     """`letters_reward`, but for the rollouts of about every other prompt, to which it does not apply."""
+    if not isinstance(prompts[0], str):  # messages, the last part of which is a text
+        prompts = [messages[0]["content"][-1]["text"] for messages in prompts]
+        completions = [messages[0]["content"] for messages in completions]
     rewards = letters_reward(completions)
     return [
         None if sum(map(ord, prompt)) % 2 and len(completion) > LONGEST_DEMONSTRATION else reward
@@ -28,21 +38,51 @@ def now_and_then(prompts: list, completions: list, **kwargs) -> list[float | Non
     ]
 
 
-def dataset(guided: list[bool]) -> Dataset:
-    rows = to_dataset(split_walks(train_size=len(guided), test_size=1, length=4)["train"]).to_list()
-    for row, has_demonstration in zip(rows, guided, strict=True):
-        row["demonstrations"] = [row["completion"]] if has_demonstration else []
-        del row["completion"]
-    return Dataset.from_list(rows)
+def dataset(guided: list[bool], images: bool = False) -> Dataset:
+    if images:
+        rows = several_images(len(guided))
+    else:
+        rows = to_dataset(split_walks(train_size=len(guided), test_size=1, length=4)["train"])
+    demonstrations = [[row] if has_one else [] for row, has_one in zip(rows["completion"], guided, strict=True)]
+    return rows.remove_columns("completion").add_column("demonstrations", demonstrations)
 
 
-def make_trainer(model_dir: str, output_dir: str, rows: int, reward=letters_reward, **options) -> LuffyTrainer:
-    """A trainer on greedy rollouts, for `rows` rows a micro-batch over all processes together."""
+# demonstrations on the first process only, on both, on the second only, on none
+GUIDED = [True] * 2 + [False] * 2 + [True] * 4 + [False] * 2 + [True] * 2 + [False] * 4
+
+
+def spoken_reward(completions: list, **kwargs) -> list[float]:
+    """Of every message, what tools have answered included."""
+    return letters_reward([json.dumps(completion) for completion in completions])
+
+
+def trajectories() -> dict:
+    """Of the letter chain. The rollouts of the first process call a tool, the other's do not."""
+    from acting_model import chain_rows  # beside this script
+
+    return {"reward_funcs": spoken_reward, "train_dataset": chain_rows(GUIDED), "environment_factory": Links}
+
+
+def make_trainer(
+    model_dir: str,
+    output_dir: str,
+    rows: int,
+    reward=letters_reward,
+    acts: bool = False,
+    images: bool = False,
+    **options,
+) -> LuffyTrainer:
+    """A trainer on greedy rollouts, for `rows` rows a micro-batch over all processes together.
+
+    Args:
+        acts: the rollouts call tools, and demonstrations are trajectories.
+        images: the model is of `tiny_vlm`, and so are the prompts.
+    """
     args = LuffyConfig(
         output_dir=output_dir,
         num_generations=4,
         per_device_train_batch_size=rows // int(os.environ.get("WORLD_SIZE", "1")),
-        max_completion_length=16,
+        max_completion_length=24 if acts else 16,
         max_steps=4,
         learning_rate=1e-3,
         logging_steps=1,
@@ -55,14 +95,9 @@ def make_trainer(model_dir: str, output_dir: str, rows: int, reward=letters_rewa
         disable_tqdm=True,
         **options,
     )
-    return LuffyTrainer(
-        model_dir,
-        reward,
-        args,
-        # demonstrations on the first process only, on both, on the second only, on none
-        train_dataset=dataset([True] * 2 + [False] * 2 + [True] * 4 + [False] * 2 + [True] * 2 + [False] * 4),
-        processing_class=AutoTokenizer.from_pretrained(model_dir),
-    )
+    data = trajectories() if acts else {"reward_funcs": reward, "train_dataset": dataset(GUIDED, images)}
+    processing_class = build_processor() if images else AutoTokenizer.from_pretrained(model_dir)
+    return LuffyTrainer(model_dir, args=args, processing_class=processing_class, **data)
 
 
 def leave(trainer: LuffyTrainer) -> None:

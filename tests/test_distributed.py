@@ -11,7 +11,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from .tiny_vlm import build_model, build_processor
 
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,10 @@ OPTIONS = {
         "beta": 0.1,
         "temperature": 0.7,
     },
+    # the first process's rollouts act, and sampling is collective under ZeRO-3
+    "trajectories": {"rows": 16, "acts": True, "beta": 0.1},
+    # one or two images a row, which stay with their rows
+    "images": {"rows": 4, "gradient_accumulation_steps": 4, "images": True},
     # processes have rows of other lengths, and other numbers of rows that have an advantage
     "a budget of tokens": {
         "rows": 4,
@@ -48,7 +54,7 @@ OPTIONS = {
 
 # Whether rows are left out, which are another process's fill -> metrics that are the same on any number of processes
 COMPARED = {
-    False: ("on_policy/", "off_policy/", "groups/"),
+    False: ("on_policy/", "off_policy/", "groups/", "tools/"),
     True: ("on_policy/reward", "on_policy/length", "off_policy/reward", "off_policy/length", "groups/"),
 }
 
@@ -79,13 +85,21 @@ def train(config: Path, processes: int, model_dir: Path, output_dir: Path, optio
 
 
 @pytest.fixture(scope="module")
-def one_process(tiny_model_dir, tmp_path_factory):
+def model_dirs(tiny_model_dir, acting_model, tmp_path_factory):
+    """The base of each set of options."""
+    directory = tmp_path_factory.mktemp("tiny-vlm")
+    build_model(build_processor()).save_pretrained(directory)
+    return dict.fromkeys(OPTIONS, tiny_model_dir) | {"images": directory, "trajectories": acting_model}
+
+
+@pytest.fixture(scope="module")
+def one_process(model_dirs, tmp_path_factory):
     """What one process logs and saves, per set of options."""
     directory = tmp_path_factory.mktemp("one")
 
     @cache
     def run(name: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
-        log = train(CONFIGS / "cpu.yaml", 1, tiny_model_dir, directory / name, OPTIONS[name])
+        log = train(CONFIGS / "cpu.yaml", 1, model_dirs[name], directory / name, OPTIONS[name])
         return log, load_file(directory / name / "model.safetensors")
 
     return run
@@ -114,12 +128,15 @@ def fsdp2_on_cpu(tmp_path) -> Path:
         ("ddp", "a budget of tokens"),
         ("fsdp2", "a budget of tokens"),
         ("zero3", "a budget of tokens"),
+        ("zero3", "trajectories"),
+        ("ddp", "images"),
+        ("zero3", "images"),
     ],
 )
-def test_two_processes_equal_one(backend, name, one_process, fsdp2_on_cpu, tiny_model_dir, tmp_path):
+def test_two_processes_equal_one(backend, name, one_process, fsdp2_on_cpu, model_dirs, tmp_path):
     config = {"ddp": CONFIGS / "cpu.yaml", "fsdp2": fsdp2_on_cpu, "zero3": CONFIGS / "cpu_zero3.yaml"}[backend]
     expected, expected_weights = one_process(name)
-    log = train(config, 2, tiny_model_dir, tmp_path / "two", OPTIONS[name])
+    log = train(config, 2, model_dirs[name], tmp_path / "two", OPTIONS[name])
     assert [line["groups/guided"] for line in log] == [0.5, 1.0, 0.5, 0.0]
     for line, expected_line in zip(log, expected, strict=True):
         assert line["loss"] == pytest.approx(expected_line["loss"], abs=1e-4)
@@ -135,7 +152,8 @@ def test_two_processes_equal_one(backend, name, one_process, fsdp2_on_cpu, tiny_
     assert weights.keys() == expected_weights.keys()
     for key, tensor in expected_weights.items():
         torch.testing.assert_close(weights[key], tensor, rtol=1e-3, atol=1e-4)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    kind = AutoModelForImageTextToText if name == "images" else AutoModelForCausalLM
+    model = kind.from_pretrained(tmp_path / "two")
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, min_new_tokens=4).shape == (1, 7)
 
 

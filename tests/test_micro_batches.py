@@ -146,17 +146,12 @@ def test_a_budget_changes_no_gradient(make_trainer, rows, loss_type, packed):
 
 def test_the_last_steps_call_runs_all_of_a_steps_micro_batches(make_trainer, rows):
     trainer = make_trainer(rows, tokens_per_micro_batch=300, **SHAPE)
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 2
-    torch.manual_seed(0)
-    trainer._prepare_inputs([row for row in trainer.train_dataset for _ in range(4)])
+    steps_of(trainer)
     due = trainer._buffered_inputs
     assert [len(batches) > 0 for batches in due] == [False, True, False, True]
     for batches in (due[1], due[3]):
         assert sum(len(batch["advantages"]) for batch in batches) == 8
         assert sum(batch["share"] for batch in batches) == pytest.approx(2)
-    steps_of(trainer)
-    due = trainer._buffered_inputs
     assert trainer._metrics["train"]["micro_batches"] == [len(due[1]), len(due[3])]
 
 

@@ -7,6 +7,7 @@ import torch
 
 from luffy_trl.objective import (
     LOSS_TYPES,
+    counted,
     demonstration_term,
     hide_demonstrations,
     off_policy_loss,
@@ -167,3 +168,17 @@ def test_trl_is_shown_the_rollouts_tokens_alone():
     assert shown["ref_per_token_logps"][~mask].tolist() == [-3.0] * 4
     assert set(batch) == {"off_policy_mask", "advantages", "old_per_token_logps", "ref_per_token_logps"}
     assert batch["advantages"].tolist() == [1.0, -2.0]  # TRL's own dict is left alone
+
+
+def test_what_tools_wrote_stays_hidden_and_harmless_in_rollouts_and_demonstrations():
+    batch = {
+        "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+        "off_policy_mask": torch.tensor([[False, False, False], [True, False, False]]),
+        "tool_mask": torch.tensor([[1, 0, 1], [1, 0, 1]]),
+        "advantages": torch.tensor([1.0, -2.0]),
+        "ref_per_token_logps": torch.full((2, 3), 0.0),  # of a row that was not scored: e^(0 - logp) overflows
+    }
+    shown = hide_demonstrations(batch, torch.ones(2, 1), torch.ones(2, 1))
+    assert shown["tool_mask"].tolist() == [[1, 0, 1], [0, 0, 1]]
+    assert shown["ref_per_token_logps"].tolist() == [[0.0, -1e4, 0.0], [-1e4, -1e4, 0.0]]
+    assert counted(batch).tolist() == [[True, False, True], [True, False, False]]

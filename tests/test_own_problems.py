@@ -159,10 +159,17 @@ TURNS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("prompt", [TURNS, TURNS[1:2], "What is 1 + 1? Answer:"], ids=["turns", "one turn", "text"])
+TOOLS = {"tools": json.dumps([{"type": "function", "function": {"name": "add", "parameters": {}}}])}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "others"),
+    [(TURNS, {}), (TURNS[1:2], {}), (TURNS[1:2], TOOLS), ("What is 1 + 1? Answer:", {})],
+    ids=["turns", "one turn", "with tools", "text"],
+)
 @pytest.mark.parametrize("with_bos", [False, True])
 def test_the_model_is_given_the_tokens_that_the_trainer_gives_it(
-    prompt, with_bos, speaking_model, tmp_path, monkeypatch, config
+    prompt, others, with_bos, speaking_model, tmp_path, monkeypatch, config
 ):
     model = shutil.copytree(speaking_model, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -171,7 +178,8 @@ def test_the_model_is_given_the_tokens_that_the_trainer_gives_it(
         bos = ("<|im_start|>", tokenizer.bos_token_id)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
         tokenizer.chat_template = "Q: " + tokenizer.chat_template
-        tokenizer.save_pretrained(model)
+    tokenizer.chat_template = tokenizer.chat_template + "{{ tools | tojson if tools }}"
+    tokenizer.save_pretrained(model)
     contexts = []
     generate = HuggingFaceBackend._model_generate
 
@@ -180,17 +188,19 @@ def test_the_model_is_given_the_tokens_that_the_trainer_gives_it(
         return generate(self, context, **kwargs)
 
     monkeypatch.setattr(HuggingFaceBackend, "_model_generate", recorded)
-    rows = [{"prompt": prompt, "solution": "2"}]
+    rows = [{"prompt": prompt, "solution": "2", **others}]
     main(options(model, write(tmp_path / "mine.jsonl", rows), tmp_path / "out"))
     trainer = LuffyTrainer(
         str(model), math_reward_optional_thought, config(num_demonstrations=0),
         train_dataset=Dataset.from_list(rows * 8), processing_class=AutoTokenizer.from_pretrained(model),
     )  # fmt: skip
+    trainer._rows_under_way = rows
     trainers_ids, *_ = trainer._tokenize_prompts([prompt])
     assert contexts == [trainers_ids]
     assert (trainers_ids[0][0] == tokenizer("<|im_start|>", add_special_tokens=False)["input_ids"][0]) == (
         with_bos == isinstance(prompt, str)
     )
+    assert ("add" in tokenizer.decode(trainers_ids[0])) == bool(others)
 
 
 def test_templates_and_the_system_prompt(speaking_model, data, tmp_path, capsys):

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
+from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from luffy_trl.padding.micro_batches import drop_zero_advantages, optimizer_steps, order_by_length, trim
 from luffy_trl.padding.packing import Layout
@@ -50,6 +51,57 @@ def test_rows_are_ordered_by_length_as_a_whole():
     assert [b["advantages"].tolist() for b in ordered] == [[2, 12], [11, 1]]
     assert ordered[0]["completion_mask"].sum(1).tolist() == [4, 3]
     assert [int(b["num_items_in_batch"]) for b in ordered] == [9, 9]
+
+
+# How image features lie in TRL's batch, for rows of 1, 2, 1 and 1 images; each feature is the number of its row
+OWNERS = torch.tensor([0, 1, 1, 2, 3])
+LAYOUTS = {
+    # patches by a grid, as Qwen's: 2 and 4 an image in turn
+    "grid": lambda: {
+        "pixel_values": OWNERS.repeat_interleave(torch.tensor([2, 4, 2, 4, 2])).view(-1, 1),
+        "image_grid_thw": torch.tensor([[1, 1, 2], [1, 2, 2], [1, 1, 2], [1, 2, 2], [1, 1, 2]]),
+    },
+    "positions": lambda: {"pixel_values": OWNERS.view(-1, 1), "image_position_ids": OWNERS.view(-1, 1)},  # Gemma's
+    "flat": lambda: {"pixel_values": OWNERS.view(-1, 1), "image_sizes": OWNERS.view(-1, 1)},  # LLaVA's
+    # one row a row of the batch, padded, as Idefics'
+    "padded": lambda: {
+        "pixel_values": torch.arange(4).view(-1, 1, 1),
+        "pixel_attention_mask": torch.arange(4).view(-1, 1),
+    },
+    "tiles": lambda: {  # InternVL's
+        "pixel_values": OWNERS.repeat_interleave(2).view(-1, 1),
+        "num_tiles": [2, 4, 2, 2],
+    },
+    "shapes": lambda: {  # LFM2-VL's
+        **dict.fromkeys(
+            ("pixel_values", "pixel_attention_mask", "spatial_shapes"), OWNERS.repeat_interleave(2).view(-1, 1)
+        ),
+        "num_tiles": [2, 4, 2, 2],
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rows_image_features_go_where_the_row_goes(layout):
+    whole = batch([(1, 1), (1, 4), (1, 2), (1, 3)], num_images=[1, 2, 1, 1], **LAYOUTS[layout]())
+    split = split_pixel_values_by_grid(whole)
+    ordered = order_by_length(split_tensor_dict(split, 2))
+    for rows, micro_batch in zip(([1, 3], [2, 0]), map(unsplit_pixel_values_by_grid, ordered), strict=True):
+        assert (micro_batch["advantages"] - 1).tolist() == rows
+        assert micro_batch["num_images"] == [[1, 2, 1, 1][row] for row in rows]
+        for key, value in LAYOUTS[layout]().items():
+            if key == "num_tiles":
+                assert micro_batch[key] == [value[row] for row in rows]
+            elif key != "image_grid_thw":
+                of_rows = [value[value.flatten() == row] for row in rows]
+                assert torch.equal(micro_batch[key], torch.cat(of_rows)), key
+        if layout == "grid":
+            assert int(micro_batch["image_grid_thw"].prod(1).sum()) == len(micro_batch["pixel_values"])
+
+
+def test_what_is_as_wide_as_prompt_and_completion_is_cut_on_both_sides():
+    full = batch([(1, 2), (2, 3)], mm_token_type_ids=torch.arange(16).view(2, 8))
+    assert trim(full)["mm_token_type_ids"].tolist() == [[2, 3, 4, 5, 6], [10, 11, 12, 13, 14]]
 
 
 def test_trim_keeps_every_token():

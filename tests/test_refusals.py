@@ -87,7 +87,7 @@ def test_a_callable_shaping_is_kept_by_name(config, monkeypatch):
         (lambda d: d.add_column("demonstrations", [["a"]] * 16), "both `completion` and `demonstrations`"),
         (lambda d: d.rename_column("completion", "completions"), "has a column 'completions'"),
         (lambda d: d.add_column("prompts", ["a"] * 16), "has a column 'prompts'"),
-        (lambda d: d.add_column("image", ["a"] * 16), "has images, which are not supported"),
+        (lambda d: d.add_column("image", ["a"] * 16), "the model reads no images"),
         (lambda d: d.add_column("demonstration_ids", [0] * 16), "'demonstration_ids', a name LuffyTrainer uses"),
         (lambda d: d.add_column("completion_logps", [[-1.0]] * 16), "Row 0: `completion_logps` has 1 values"),
         (
@@ -216,20 +216,24 @@ def test_too_long_can_be_an_error(make_trainer):
         make_trainer(rows, demonstration_overflow="error")
 
 
-@pytest.mark.parametrize("option", ["tools", "rollout_func", "environment_factory"])
-def test_options_that_cannot_know_a_demonstration(make_trainer, option):
+def test_a_rollout_function_makes_whole_groups(make_trainer):
+    with pytest.raises(ValueError, match="`rollout_func` cannot be combined with demonstrations: it makes all of"):
+        make_trainer(trainer_options={"rollout_func": lambda prompts, trainer: {}})
+
+
+@pytest.mark.parametrize("option", ["tools", "environment_factory"])
+def test_replay_does_not_keep_what_tools_say(make_trainer, walks, option):
     def function():
         """Does nothing."""
 
     value = [function] if option == "tools" else function
-    with pytest.raises(ValueError, match=f"`{option}` cannot be combined with demonstrations"):
-        make_trainer(trainer_options={option: value})
+    with pytest.raises(ValueError, match=f"`{option}` cannot be combined with demonstration_source='replay'"):
+        make_trainer(walks, trainer_options={option: value}, demonstration_source="replay")
 
 
-def test_rows_with_images_cannot_be_skipped(make_trainer, walks):
-    rows = walks.add_column("image", [None] * len(walks))
-    with pytest.raises(ValueError, match="skip_zero_advantages=True cannot be combined with images"):
-        make_trainer(rows, num_demonstrations=0, trim_padding=True, skip_zero_advantages=True)
+def test_an_environment_alone_has_no_demonstrations(make_trainer):
+    with pytest.raises(ValueError, match="`train_dataset` is missing, and with it the demonstrations"):
+        make_trainer(None, trainer_options={"environment_factory": object})
 
 
 def test_rows_in_a_mixture_of_experts_cannot_be_skipped(config, walks, tokenizer):

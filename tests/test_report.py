@@ -165,6 +165,21 @@ def test_groups_hold_rollouts_and_demonstrations_with_their_rewards(run, tmp_pat
     ]
 
 
+def test_trajectories_are_shown_turn_by_turn(run, tmp_path):
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 3, "b": None}}}]
+    acted = [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "name": "add", "content": "7"},
+        {"role": "assistant", "content": "7."},
+    ]
+    write_completions(run, 4, [[{"role": "assistant", "content": "two"}], acted])
+    [(_, [group])] = report(tmp_path, run).steps
+    assert [row["text"] for row in group["rows"]] == [
+        "two",
+        'assistant:\n  calls add({"a": 3})\ntool add: 7\nassistant: 7.',
+    ]
+
+
 def test_limits_spread_over_the_steps_and_are_said(run, tmp_path, capsys):
     for step in range(1, 101):
         write_completions(run, step, ["x" * 9000, "y"])

@@ -251,7 +251,7 @@ def test_a_demonstration_ends_as_the_template_ends_a_turn(chat_tokenizer, templa
     encoded = encoder(batch, [0, 1])
     ends = [demonstrations_of({IDS_COLUMN: ids})[0].token_ids[-1] for ids in encoded[IDS_COLUMN]]
     assert chat_tokenizer.convert_ids_to_tokens(ends) == [expected, "<|endoftext|>"]  # a plain prompt has no turns
-    again = encoder.encode("56", [USER], "It")
+    again = encoder.encode("56", {"prompt": [USER]}, "It")
     assert chat_tokenizer.convert_ids_to_tokens(again.token_ids[-1]) == expected
 
 
@@ -292,5 +292,5 @@ def test_what_the_prompt_says_of_thoughts(chat_tokenizer, asks, completion, expe
 
 def test_an_empty_thought_is_not_repeated(chat_tokenizer):
     encoder = DemonstrationEncoder(chat_tokenizer, [0], 99, "drop", {"chat_template": CLOSED})
-    encoded = encoder.encode("<think>\n\n</think>\n\n56", [USER], "It")
+    encoded = encoder.encode("<think>\n\n</think>\n\n56", {"prompt": [USER]}, "It")
     assert chat_tokenizer.decode(encoded.token_ids) == "56<|endoftext|>"

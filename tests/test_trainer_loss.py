@@ -65,9 +65,9 @@ def whole_batch(trainer, model, rows, ratio=1.0, baseline="group", gate=1.0, rew
 
 
 def logps_and_entropies(model, fact, temperature=1.0):
-    """One row, unpadded: (T,) and (T,)."""
+    """One row, unpadded, with its images where it has some: (T,) and (T,)."""
     ids = torch.cat([fact["prompt_ids"], fact["ids"]])
-    logits = model(input_ids=ids[None]).logits[0, len(fact["prompt_ids"]) - 1 : -1]
+    logits = model(input_ids=ids[None], **fact.get("images", {})).logits[0, len(fact["prompt_ids"]) - 1 : -1]
     log_probs = (logits / temperature).log_softmax(-1)
     return log_probs.gather(1, fact["ids"][:, None])[:, 0], -(log_probs.exp() * log_probs).sum(-1)
 
@@ -109,7 +109,7 @@ def chord_phi(logps, advantage):
 REGULARIZED = importance_sampling(regularized)
 
 
-def averaged_apart(loss_type, average, facts, micro_batches):
+def averaged_apart(loss_type, average, facts, micro_batches, max_length):
     """What a rollout's and a demonstration's token losses are divided by, each kind averaged by itself."""
     on = [fact for fact in facts if fact["given"] < len(fact["ids"])]
     off = [fact for fact in facts if fact["given"] and fact["counts"]]
@@ -122,7 +122,7 @@ def averaged_apart(loss_type, average, facts, micro_batches):
             "grpo": on_rows * (len(fact["ids"]) - fact["given"]),
             "sapo": on_rows * (len(fact["ids"]) - fact["given"]),
             "bnpo": on_tokens_of_batch,
-            "dr_grpo": on_rows * MAX_LENGTH,
+            "dr_grpo": on_rows * max_length,
             "luspo": on_rows,
         }.get(loss_type, on_tokens)
 
@@ -134,12 +134,12 @@ def averaged_apart(loss_type, average, facts, micro_batches):
 
 def objective(
     model, ref_model, facts, old_logps, loss_type, beta, entropy_coef, micro_batches, term, weight, temperature=1.0,
-    average="joint", complement=False,
+    average="joint", complement=False, max_length=MAX_LENGTH,
 ):  # fmt: skip
     """Loss of the first micro-batch of an optimizer step that has no other."""
     rows = len(facts) // micro_batches
     tokens_in_batch = sum(len(fact["ids"]) for fact in facts)
-    of_rollout, of_demonstration = averaged_apart(loss_type, average, facts, micro_batches)
+    of_rollout, of_demonstration = averaged_apart(loss_type, average, facts, micro_batches, max_length)
     batch = facts[:rows]
     batch_tokens = sum(len(fact["ids"]) for fact in batch)
     on_tokens = sum(len(fact["ids"]) - fact["given"] for fact in batch)
@@ -153,7 +153,7 @@ def objective(
             "grpo": rows * length,
             "sapo": rows * length,
             "bnpo": batch_tokens,
-            "dr_grpo": rows * MAX_LENGTH,
+            "dr_grpo": rows * max_length,
             "dapo": tokens_in_batch / micro_batches,
             "cispo": tokens_in_batch / micro_batches,
             "vespo": tokens_in_batch / micro_batches,

@@ -24,6 +24,11 @@ SIGNATURES = {
     "_compute_loss": ["self", "model", "inputs"],
     "log": ["self", "logs", "start_time"],
     "_prepare_inputs": ["self", "generation_batch"],
+    "_generate": ["self", "prompts"],
+    "_tokenize_prompts": ["self", "prompts"],
+    "_tool_call_loop": [
+        "self", "prompts", "prompt_ids", "completion_ids", "completions", "logprobs", "images", "multimodal_fields",
+    ],
     "_log_completion_extra": ["self", "column", "values"],
 }  # fmt: skip
 
@@ -57,6 +62,14 @@ def test_the_constructor_takes_what_is_checked():
         ("_generate_and_score_completions", ["num_items_in_batch = self.accelerator.gather(loss_mask.sum()).sum()"]),
         # what evaluation sets' names rely on
         ("log", ['metrics = {f"eval_{key}": val for key, val in metrics.items()}', "self._metrics[mode].clear()"]),
+        # what `TrajectoriesMixin` relies on: calls are read off a completion's first message, by row; order of results
+        ("_tool_call_loop", ['completion[0].get("tool_calls")', "self._sync_tool_dicts[idx_with_tool]"]),
+        (
+            "_tool_call_loop",
+            ["self._generate_single_turn(", "return tool_mask, completions, completion_ids, logprobs"],
+        ),
+        ("_generate", ["return prompt_ids, completion_ids, tool_mask, completions, logprobs"]),
+        ("_tokenize_prompts", ["tools=self.tools or None"]),
         # NaN sampling log-probs are an importance ratio of 1
         ("_generate_and_score_completions", ["torch.nan_to_num(per_token_logps_diff, nan=0.0)"]),
     ],

@@ -27,6 +27,7 @@ from .demonstrations.encoding import (
     DemonstrationEncoder,
     column_names,
 )
+from .demonstrations.images import IMAGE_COLUMNS
 from .demonstrations.placement import Placement
 from .demonstrations.prompts import Reader, check_prompts
 from .rewards.signatures import misfit
@@ -66,14 +67,10 @@ def check_options(arguments: dict[str, Any], args: LuffyConfig) -> None:
     if isinstance(train_dataset, Dataset):
         _check_size(train_dataset, args)
     columns = column_names(train_dataset) if isinstance(train_dataset, Dataset | IterableDataset) else None
-    if args.skip_zero_advantages and columns is not None:
-        _check_no_images_are_skipped(columns)
     if args.num_demonstrations > 0:
         _check_options_beside_demonstrations(arguments, args)
-        if columns is not None:
-            if args.demonstration_source == "dataset":
-                _check_demonstration_columns(columns)
-            _check_columns_beside_demonstrations(columns)
+        if columns is not None and args.demonstration_source == "dataset":
+            _check_demonstration_columns(columns)
 
 
 def named_datasets(arguments: dict[str, Any]) -> dict[str, Dataset | IterableDataset]:
@@ -98,21 +95,23 @@ def _check_size(train_dataset: Dataset, args: LuffyConfig) -> None:
         )
 
 
-def _check_no_images_are_skipped(columns: list[str]) -> None:
-    images = [column for column in columns if column in ("image", "images")]
-    if images:
-        raise ValueError(
-            f"skip_zero_advantages=True cannot be combined with images, and `train_dataset` has a column "
-            f"{images[0]!r}: rows with images stay in their micro-batches. Set it to False."
-        )
-
-
 def _check_options_beside_demonstrations(arguments: dict[str, Any], args: LuffyConfig) -> None:
-    for option in ("tools", "rollout_func", "environment_factory"):
-        if arguments.get(option):
+    if arguments.get("rollout_func"):
+        raise ValueError(
+            "`rollout_func` cannot be combined with demonstrations: it makes all of a group's completions itself. Set "
+            "num_demonstrations=0, or give `tools` or an `environment_factory` in its place."
+        )
+    if arguments.get("train_dataset") is None and args.demonstration_source == "dataset":
+        raise ValueError(
+            "`train_dataset` is missing, and with it the demonstrations. Give prompts and demonstrations, beside an "
+            "`environment_factory` too, or a function as demonstration_source, or set num_demonstrations=0."
+        )
+    for option in ("tools", "environment_factory"):
+        if arguments.get(option) and args.demonstration_source == "replay":
             raise ValueError(
-                f"`{option}` cannot be combined with demonstrations: what a tool or an environment would have "
-                f"answered to them is not known. Set num_demonstrations=0, or leave `{option}` out."
+                f"`{option}` cannot be combined with demonstration_source='replay': its buffer keeps the policy's "
+                "tokens, and not what tools have answered between them. Record trajectories in the dataset, or leave "
+                f"`{option}` out."
             )
     if args.demonstration_source == "replay" and isinstance(arguments.get("train_dataset"), IterableDataset):
         raise ValueError(
@@ -150,14 +149,6 @@ def _check_demonstration_columns(columns: list[str]) -> None:
         )
 
 
-def _check_columns_beside_demonstrations(columns: list[str]) -> None:
-    if "image" in columns or "images" in columns:
-        raise ValueError(
-            "`train_dataset` has images, which are not supported together with demonstrations. Remove the column, or "
-            "set num_demonstrations=0."
-        )
-
-
 def _check_names_are_free(name: str, columns: list[str]) -> None:
     taken = [column for column in ENCODED_COLUMNS if column in columns]
     if taken:
@@ -187,16 +178,38 @@ def check_against_model(
     if arguments.get("rollout_func") is not None:  # it may take prompts of any kind
         return []
     window = args.vllm_max_model_length if args.use_vllm else None
-    reader = Reader(processing_class, config, args.chat_template_kwargs or {}, window)
+    tools = arguments.get("tools")
+    options = (args.chat_template_kwargs or {}) | ({"tools": list(tools)} if tools else {})
+    reader = Reader(processing_class, config, options, window)
     messages = []
     for name, dataset in named_datasets(arguments).items():
         if "prompt" in column_names(dataset):
+            _check_images_are_read(name, dataset, processing_class)
             rows = dataset if isinstance(dataset, Dataset) else first_rows(dataset, LOOKED_AT, f"`{name}`")
             of = "" if name == "train_dataset" else f" of `{name}`"
             messages += check_prompts(reader, rows, of, args.max_completion_length)
             if eos_token_ids is not None and name == "train_dataset" and isinstance(rows[0]["prompt"], list):
                 messages += turn_endings(processing_class, eos_token_ids, args.chat_template_kwargs)
     return messages
+
+
+def _check_images_are_read(
+    name: str, dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase | ProcessorMixin
+) -> None:
+    images = [column for column in column_names(dataset) if column in IMAGE_COLUMNS]
+    if not images:
+        return
+    where = f"`{name}` has a column {images[0]!r}, and"
+    if not isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"{where} the model reads no images: it has a tokenizer and no processor. Take a vision-language model, "
+            "or remove the column."
+        )
+    if isinstance(first_rows(dataset, 1, f"`{name}`")[0]["prompt"], str):
+        raise ValueError(
+            f"{where} its prompts are plain texts, in which images have no place. Make `prompt` a list of messages, "
+            "such as [{'role': 'user', 'content': ...}]."
+        )
 
 
 def check_eos(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -229,7 +242,7 @@ def check_rewards(arguments: dict[str, Any], args: LuffyConfig) -> None:
     for name, dataset in named_datasets(arguments).items():
         withheld = list(SOURCE_COLUMNS) if args.num_demonstrations > 0 else []
         if args.remove_unused_columns:
-            withheld = [column for column in column_names(dataset) if column not in ("image", "images")]
+            withheld = [column for column in column_names(dataset) if column not in IMAGE_COLUMNS]
         check_reward_inputs(called, dataset, "The reward function", f"`{name}`", withheld)
 
 
@@ -364,6 +377,8 @@ def source_warnings(
     if args.demonstration_source != "dataset":
         return []
     is_table = isinstance(encoded, Dataset)
+    if "prompt" not in column_names(dataset):  # an environment makes them
+        return check_encoded(encoded, encoder.max_length, args.demonstration_overflow) if is_table else []
     messages = check_encoded(encoded, encoder.max_length, args.demonstration_overflow) if is_table else []
     return messages + disagreements(encoder.processing_class, dataset.take(LOOKED_AT), encoder.chat_template_kwargs)
 

@@ -252,8 +252,8 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, GuidanceConfig, PaddingFr
         if is_apart and self.loss_type == "bnpo" and self.tokens_per_micro_batch is not None:
             raise ValueError(
                 f"tokens_per_micro_batch={self.tokens_per_micro_batch} cannot be combined with loss_type='bnpo', "
-                f"{imitates} and demonstration_average={self.demonstration_average!r}: losses are there means over the "
-                "tokens of one of TRL's micro-batches. Take loss_type='dapo', whose mean is over all tokens."
+                f"{imitates} and demonstration_average={self.demonstration_average!r}: losses are means there over "
+                "the tokens of one of TRL's micro-batches. Take loss_type='dapo', whose mean is over all tokens."
             )
         if self.num_demonstrations == 0 and self.demonstration_source != "dataset":
             raise ValueError(

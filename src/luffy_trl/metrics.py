@@ -16,6 +16,7 @@ import torch
 
 from .advantages import Outcome
 from .demonstrations.placement import Generation, Placement
+from .objective import counted
 
 
 # Of the log of an importance ratio, for its mean to stay finite: e^20 is as telling as more
@@ -99,12 +100,12 @@ def cold_start_sums(
     Args:
         logps: of the policy, `(B, T)`, in nats.
         pull: a demonstration token's weight, without the factor of its row, `(B, T)`. A rollout's is its advantage.
-        batch: `completion_mask`, `off_policy_mask` `(B, T)`; `advantages`, `on_policy_weight`, `off_policy_weight`,
-            `is_cold` `(B,)`.
+        batch: `completion_mask`, `off_policy_mask`, `tool_mask` where there are tools `(B, T)`; `advantages`,
+            `on_policy_weight`, `off_policy_weight`, `is_cold` `(B,)`.
         on, off: what the loss divides a rollout token's and a demonstration token's by, `(B, 1)`.
     """
     cold, off_policy = batch["is_cold"].unsqueeze(1), batch["off_policy_mask"]  # (B, 1), (B, T)
-    on_policy = batch["completion_mask"].bool() & ~off_policy  # (B, T)
+    on_policy = counted(batch) & ~off_policy  # (B, T)
     room = 1 - logps.exp()  # (B, T)
     push = -(batch["on_policy_weight"] * batch["advantages"]).unsqueeze(1).clamp(max=0.0) / on  # (B, 1)
     pull = batch["off_policy_weight"].unsqueeze(1) * pull.clamp(min=0.0) / off  # (B, T)
@@ -123,18 +124,19 @@ def _sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def length_sums(generation: Generation, ends: Sequence[int]) -> dict[str, tuple[float, float]]:
-    """Lengths and truncation of this process's completions.
+    """Lengths, without what tools and users wrote, and truncation of this process's completions.
 
     Args:
         ends: ids of the tokens that end a completion.
     """
-    pairs = list(zip(generation.completion_ids, generation.placement.demonstrations, strict=True))
-    rollouts = [ids for ids, demonstration in pairs if demonstration is None]
-    demonstrated = [ids for ids, demonstration in pairs if demonstration is not None]
+    ids, placed = generation.completion_ids, generation.placement.demonstrations
+    lengths = [len(row) for row in ids] if generation.tool_mask is None else [sum(row) for row in generation.tool_mask]
+    rollouts = [i for i, demonstration in enumerate(placed) if demonstration is None]
+    demonstrated = [i for i, demonstration in enumerate(placed) if demonstration is not None]
     return {
-        "on_policy/length": (sum(map(len, rollouts)), len(rollouts)),
-        "off_policy/length": (sum(map(len, demonstrated)), len(demonstrated)),
-        "on_policy/clipped_ratio": (sum(ids[-1] not in ends for ids in rollouts), len(rollouts)),
+        "on_policy/length": (sum(lengths[i] for i in rollouts), len(rollouts)),
+        "off_policy/length": (sum(lengths[i] for i in demonstrated), len(demonstrated)),
+        "on_policy/clipped_ratio": (sum(ids[i][-1] not in ends for i in rollouts), len(rollouts)),
     }
 
 

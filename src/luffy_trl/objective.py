@@ -16,6 +16,7 @@ The first sum is TRL's code, which is shown the rollouts' tokens alone (`hide_de
 written again here.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -105,18 +106,28 @@ def hide_demonstrations(batch: dict[str, Any], factor: torch.Tensor) -> dict[str
     mask, and infinity times 0 is NaN.
 
     Args:
-        batch: TRL's keys, and `off_policy_mask` `(B, T)`. It is not changed.
+        batch: TRL's keys, among them `tool_mask` where there are tools, and `off_policy_mask` `(B, T)`. It is not
+            changed.
         factor: `(B, 1)`, on the rollouts' policy loss, never negative: what TRL divides by, over what the loss is to
             be divided by, times the rollouts' weight. Each of TRL's policy losses is proportional to the advantage's
             size. (KL and entropy bonus are not: they stay averages over the rollouts' tokens.)
     """
     off_policy_mask = batch["off_policy_mask"]  # (B, T)
-    hidden = {**batch, "tool_mask": (~off_policy_mask).long()}
+    not_sampled = off_policy_mask
+    if "tool_mask" in batch:  # what tools and users wrote is nobody's, in demonstrations too
+        not_sampled = not_sampled | ~batch["tool_mask"].bool()
+    hidden = {**batch, "tool_mask": (~not_sampled).long()}
     hidden["advantages"] = batch["advantages"].unsqueeze(1) * factor  # (B, 1)
     for key, harmless in (("old_per_token_logps", 0.0), ("ref_per_token_logps", BELOW_ALL_LOGPS)):
         if key in batch:
-            hidden[key] = batch[key].masked_fill(off_policy_mask, harmless)
+            hidden[key] = batch[key].masked_fill(not_sampled, harmless)
     return hidden
+
+
+def counted(batch: Mapping[str, Any]) -> torch.Tensor:
+    """True on the tokens that a loss counts, `(B, T)`: no padding, and nothing that tools or users have written."""
+    mask = batch["completion_mask"].bool()
+    return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
 
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
@@ -145,8 +156,7 @@ def token_denominator(
         ValueError: if the loss type is none of TRL's.
     """
     batch_size = mask.size(0)
-    if not isinstance(rows, torch.Tensor):  # filled on the device: nothing is copied there, which would wait
-        rows = torch.full((), float(batch_size if rows is None else rows), device=mask.device)
+    rows = _on_device(batch_size if rows is None else rows, mask.device)
     if loss_type in ("grpo", "sapo"):  # mean over a row's tokens, then over rows
         return mask.sum(-1, keepdim=True).clamp(min=1.0) * rows
     elif loss_type == "bnpo":  # mean over the micro-batch's tokens
@@ -156,10 +166,15 @@ def token_denominator(
     elif loss_type == "luspo":  # sum over a row's tokens, mean over rows
         denominator = rows
     elif loss_type in ("cispo", "dapo", "vespo"):  # mean over the tokens of a generation
-        denominator = torch.as_tensor(mean_tokens, dtype=torch.float32, device=mask.device)
+        denominator = _on_device(mean_tokens, mask.device)
     else:
         raise ValueError(f"Unknown loss_type {loss_type!r}. Known are {', '.join(map(repr, LOSS_TYPES))}.")
     return denominator.expand(batch_size, 1)
+
+
+def _on_device(number: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    """Filled there: a copy would wait."""
+    return number.float() if isinstance(number, torch.Tensor) else torch.full((), float(number), device=device)
 
 
 ITEM_KEYS = ("on_policy_tokens", "on_policy_rows", "off_policy_tokens", "off_policy_rows")
@@ -202,7 +217,7 @@ def denominators(
     Returns:
         Three of `(B, 1)`.
     """
-    mask, off_policy = batch["completion_mask"].bool(), batch["off_policy_mask"]  # (B, T)
+    mask, off_policy = counted(batch), batch["off_policy_mask"]  # (B, T)
     divided_by = partial(token_denominator, loss_type, max_completion_length=max_completion_length)
     seen = divided_by(mask & ~off_policy, mean_tokens=mean_tokens)
     if average == "joint":

@@ -33,8 +33,10 @@ from .checks import (
     source_warnings,
 )
 from .config import LuffyConfig
-from .demonstrations.encoding import ROW_COLUMN, DemonstrationEncoder, without_demonstrations
+from .demonstrations.acting import TrajectoriesMixin
+from .demonstrations.encoding import ROW_COLUMN, without_demonstrations
 from .demonstrations.guidance import Guidance, progress
+from .demonstrations.images import requests
 from .demonstrations.placement import (
     Generation,
     behavior_logps,
@@ -50,6 +52,7 @@ from .metrics import ColdStart, Means, Stopwatch, cold_start_sums, group_metrics
 from .objective import (
     IMITATIONS,
     ITEM_KEYS,
+    counted,
     demonstration_term,
     denominators,
     hide_demonstrations,
@@ -86,7 +89,13 @@ LUFFY_PAPER = {
 
 
 class LuffyTrainer(
-    PaddingFreeMixin, EvaluationSetsMixin, BestByRewardMixin, WholeCheckpointMixin, TokenBudgetMixin, HubPushMixin
+    PaddingFreeMixin,
+    TrajectoriesMixin,
+    EvaluationSetsMixin,
+    BestByRewardMixin,
+    WholeCheckpointMixin,
+    TokenBudgetMixin,
+    HubPushMixin,
 ):
     """
     GRPO with demonstrations in each group (LUFFY, arXiv 2504.14945). With `num_demonstrations=0` it is `GRPOTrainer`.
@@ -104,17 +113,16 @@ class LuffyTrainer(
     - `_save_own_state`, `_load_own_state`: replay buffer and success rate go into checkpoints;
     - `_recipe`, `_resumed_with`: the model card gives the fields that were given, and what a resumption changed.
 
-    Its parents know nothing of LUFFY: [`~luffy_trl.padding.mixin.PaddingFreeMixin`] leaves out padding,
-    [`~luffy_trl.runs.best.BestByRewardMixin`] chooses the best model by the reward,
-    [`~luffy_trl.runs.evaluations.EvaluationSetsMixin`] keeps the metrics of several evaluation sets apart,
-    [`~luffy_trl.runs.mixin.WholeCheckpointMixin`] writes checkpoints that are whole or not there,
-    [`~luffy_trl.hub.mixin.HubPushMixin`] pushes.
+    Its parents know nothing of LUFFY, but for `TrajectoriesMixin`, which replays demonstrations of several turns:
+    `PaddingFreeMixin` leaves out padding, `BestByRewardMixin` chooses the best model by the reward, `EvaluationSetsMixin`
+    keeps the metrics of several evaluation sets apart, `WholeCheckpointMixin` writes checkpoints that are whole or not
+    there, `TokenBudgetMixin` counts tokens, `HubPushMixin` pushes.
 
     What is added to TRL's batch, by `_generate_and_score_completions` (B rows, T completion tokens):
 
     | key | shape | what | read by |
     | --- | --- | --- | --- |
-    | `off_policy_mask` | (B, T) bool | True on a demonstration's tokens. (TRL has a method's local of that name, which is True on tokens to keep.) | the loss, metrics |
+    | `off_policy_mask` | (B, T) bool | True on a demonstration's tokens, less what tools and users wrote. (TRL has a method's local of that name, which is True on tokens to keep.) | the loss, metrics |
     | `off_policy_weight`, `on_policy_weight` | (B,) | factors on demonstrations' loss (weight, schedule, gate), and rollouts' | the loss |
     | `is_cold` | (B,) bool | True in groups without a right rollout | metrics |
     | `behavior_logps` | (B, T) | log-probs of who wrote them, 0 where unknown; only where a source gives any | the loss, metrics |
@@ -199,8 +207,10 @@ class LuffyTrainer(
         mask = output["completion_mask"].bool()  # (B, T)
         lengths = demonstration_lengths(placed, mask.device)  # (B,)
         # Of a row with a prefix the rest is the policy's, but it is no rollout of the prompt alone
-        facts = torch.stack([lengths, mask.sum(1)], dim=1)  # (B, 2)
-        given, written = self.accelerator.gather(facts).unbind(1)  # (N,), rows of all processes
+        trained = counted(output)  # (B, T)
+        off_policy = off_policy_mask(lengths, trained)  # (B, T)
+        facts = torch.stack([lengths, mask.sum(1), off_policy.sum(1), trained.sum(1)], dim=1)  # (B, 4)
+        given, written, off_tokens, tokens = self.accelerator.gather(facts).unbind(1)  # (N,), of all processes
         has_demonstration, is_continued = given > 0, given < written
         per_func = generation.rewards_per_func  # (N, F)
         rewards = total_rewards(per_func, self.reward_weights)  # (N,)
@@ -209,10 +219,10 @@ class LuffyTrainer(
         outcome = Outcome.of(rewards, has_demonstration, group_size, args.success_gate, judged, args.solved_threshold)
 
         if self.num_demonstrations > 0:
-            output["off_policy_mask"] = off_policy_mask(lengths, mask)
+            output["off_policy_mask"] = off_policy
             off, on = self._guidance.weigh(outcome.solved, has_demonstration, self.state)  # (N,)
             output["off_policy_weight"], output["on_policy_weight"] = self._own(outcome.counts * off), self._own(on)
-            output |= items_in_batch(given, written, outcome.counts)
+            output |= items_in_batch(off_tokens, tokens, outcome.counts)
             output["is_cold"] = self._own(outcome.is_cold)
             if args.advantage_baseline == "on_policy" or args.success_gate is not None:
                 output["advantages"] = self._credited(output["advantages"], per_func, outcome, is_continued)
@@ -239,7 +249,7 @@ class LuffyTrainer(
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         sample = super()._generate_single_turn
-        if self._generation is None:
+        if self._generation is None or self._acts:  # evaluation; the turns behind a tool's answer
             return sample(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
         with self._stopwatch("generation"):
             if self.num_demonstrations == 0:
@@ -248,13 +258,9 @@ class LuffyTrainer(
             to_sample = placement.rows_to_sample()
             # vLLM hands each process a slice of one width; the surplus is left out when the rows are merged
             asked = self._as_many_everywhere(to_sample) if self.use_vllm else to_sample
-            beginnings = [d.token_ids if d else [] for d in placement.demonstrations]
-            sampled_ids, sampled_logps = sample(
-                [prompt_ids[i] + beginnings[i] for i in asked],
-                images,  # none: refused beside demonstrations
-                {key: [value[i] for i in asked] for key, value in multimodal_fields.items()},
-                num_generations=1,  # groups are ragged now: each row is a request of its own
-            )
+            prompts = requests(placement, asked, prompt_ids, multimodal_fields, self._tokenize_prompts)
+            # Groups are ragged now: each row is a request of its own
+            sampled_ids, sampled_logps = sample(*prompts, num_generations=1)
             return merge_completions(
                 placement.demonstrations, to_sample, sampled_ids, sampled_logps, self.max_completion_length
             )
@@ -386,9 +392,7 @@ class LuffyTrainer(
             logger.warning_once(message)
 
     def _log_tokens(self, logps, entropies, inputs: dict[str, Any], sums: dict[str, tuple]) -> None:
-        mask = inputs["completion_mask"].bool()  # (B, T)
-        if "tool_mask" in inputs:  # what tools have answered is nobody's policy
-            mask = mask & inputs["tool_mask"].bool()
+        mask = counted(inputs)  # (B, T)
         off_policy = inputs.get("off_policy_mask", torch.zeros_like(mask))
         behavior = inputs.get("behavior_logps")
         gamma = self.args.shaping_gamma if self.args.shaping == "regularized" else None
@@ -410,11 +414,7 @@ class LuffyTrainer(
 
     def _open_source(self, dataset):
         """The source of demonstrations, and the dataset with the columns that it needs."""
-        args, accelerator = self.args, self.accelerator
-        tokenizer, ends, longest = self.processing_class, self.eos_token_ids, self.max_completion_length
-        encoder = DemonstrationEncoder(
-            tokenizer, ends, longest, args.demonstration_overflow, self.chat_template_kwargs
-        )
+        args, accelerator, encoder = self.args, self.accelerator, self._encoder()
         first = accelerator.main_process_first()
         source, prepared = open_source(dataset, encoder, args, accelerator.num_processes, first)
         for message in source_warnings(dataset, prepared, encoder, args):

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from ..data.contract import to_contract
 from ..data.loading import choose_split, load_splits
 from ..demonstrations.agreement import LOOKED_AT, OPENING, disagreements, turn_endings
-from ..demonstrations.encoding import rendered_prompt
+from ..demonstrations.rendering import rendered_prompt
 from ..reporting.tables_and_curves import text_table
 from .adapters import refuse_adapter
 from .gguf import gguf_path, unpack

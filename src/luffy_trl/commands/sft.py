@@ -3,12 +3,14 @@ SFT, then RL."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from ..demonstrations.encoding import as_completion, demonstration_text
+from ..demonstrations.trajectories import checked_messages, is_trajectory
 from ..hub.card import CARD, PLACEHOLDER, CardFacts, recipe_section
 from ..runs.best import check_metric
 from ..runs.budget import TokenBudgetConfig, TokenBudgetMixin
@@ -64,8 +66,13 @@ def check_sft_arguments(script_args: LuffyScriptArguments, model_args: ModelConf
         raise ValueError("--reward_funcs: SFT looks at no reward.")
 
 
-def to_prompt_completion(dataset: Dataset) -> Dataset:
-    """One row for each demonstration, in the two columns that SFTTrainer reads. Prompts without one are left out."""
+def to_prompt_completion(dataset: Dataset, takes_trajectories: bool = False) -> Dataset:
+    """One row for each demonstration, in the columns that SFTTrainer reads. Prompts without one are left out.
+
+    Args:
+        takes_trajectories: only assistants' messages are trained.
+    """
+    kept = ["tools"] if "tools" in dataset.column_names else []
 
     def explode(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
         name = "demonstrations" if "demonstrations" in batch else "completion"
@@ -76,18 +83,32 @@ def to_prompt_completion(dataset: Dataset) -> Dataset:
             for completion in completions or []
             if completion is not None
         ]
-        pairs = [(prompt, completion) for _, prompt, completion in found]
-        # One form for both, which is all that SFTTrainer takes. Says what is wrong with a demonstration that is none
-        texts = [demonstration_text(completion, f"Row {row}: `{name}`") for row, _, completion in found]
+        # Says what is wrong with a demonstration that is none
         completions = [
-            completion if isinstance(prompt, list) is isinstance(completion, list) else as_completion(prompt, text)
-            for (prompt, completion), text in zip(pairs, texts, strict=True)
+            _in_form_of(prompt, completion, f"Row {row}: `{name}`", takes_trajectories)
+            for row, prompt, completion in found
         ]
-        return {"prompt": [prompt for prompt, _ in pairs], "completion": completions}
+        numbers = {row: i for i, row in enumerate(rows)}
+        others = {column: [batch[column][numbers[row]] for row, _, _ in found] for column in kept}
+        return {"prompt": [prompt for _, prompt, _ in found], "completion": completions, **others}
 
+    removed = [column for column in dataset.column_names if column not in kept]
     return dataset.map(
-        explode, batched=True, with_indices=True, remove_columns=dataset.column_names, desc="One row a demonstration"
+        explode, batched=True, with_indices=True, remove_columns=removed, desc="One row a demonstration"
     )
+
+
+def _in_form_of(prompt: str | list, completion: Any, where: str, takes_trajectories: bool) -> str | list:
+    """The demonstration in the prompt's form: one for both is all that SFTTrainer takes."""
+    if is_trajectory(completion):
+        if not takes_trajectories:
+            raise ValueError(
+                f"{where} is a trajectory: set --assistant_only_loss true, or SFT would train what tools and users "
+                "have written in it."
+            )
+        return checked_messages(completion, where)
+    text = demonstration_text(completion, where)
+    return completion if isinstance(prompt, list) is isinstance(completion, list) else as_completion(prompt, text)
 
 
 # What TRL's card says of a base that is a directory, and of a model that is not on the Hub
@@ -197,11 +218,12 @@ def load_rows(
             f"--dataset_name {dataset_name} needs one of the columns `completion` and `demonstrations`, and has "
             f"{', '.join(dataset.column_names)}."
         )
-    rows = to_prompt_completion(dataset)
+    trajectories = bool(training_args.assistant_only_loss)
+    rows = to_prompt_completion(dataset, trajectories)
     if len(rows) == 0:
         raise ValueError(f"--dataset_name {dataset_name}: none of its {len(dataset)} rows has a demonstration.")
     eval_dataset = load_eval_split(splits, script_args, training_args, dataset_name)
     check_model(model_args)
     check_reading(model_args, training_args, {"train_dataset": dataset, "eval_dataset": eval_dataset})
-    eval_rows = None if eval_dataset is None else to_prompt_completion(eval_dataset)
+    eval_rows = None if eval_dataset is None else to_prompt_completion(eval_dataset, trajectories)
     return rows, eval_rows, len(dataset)

@@ -17,6 +17,7 @@ from ..checks import check_reward_inputs, needed_columns, reward_name
 from ..data.loading import choose_split
 from ..data.schemas import user_text
 from ..data.splitting import split_problems
+from ..demonstrations.images import IMAGE_COLUMNS
 from ..runs.redaction import known_secrets
 from ..teaching.answers import file_stem
 from ..teaching.in_transformers import TransformersTeacher
@@ -170,8 +171,8 @@ def _load_problems(args: argparse.Namespace, where: str) -> Dataset:
     dataset = choose_split(splits, args.dataset_split, where, "--dataset_split")
     assert isinstance(dataset, Dataset)
     dataset = in_contract(dataset, where, args.prompt_column, args.solution_column)
-    if images := [name for name in ("image", "images") if name in dataset.column_names]:
-        raise ValueError(f"{where} has images ({images[0]}), which are not supported with demonstrations.")
+    if images := [name for name in IMAGE_COLUMNS if name in dataset.column_names]:
+        raise ValueError(f"{where} has images ({images[0]}), which teachers are not shown. Leave the column out.")
     if args.limit is not None:
         dataset = dataset.select(range(min(args.limit, len(dataset))))
     return with_system_prompt(dataset, args.system_prompt, where)

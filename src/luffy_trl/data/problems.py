@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from ..demonstrations.encoding import brief
+from ..demonstrations.rendering import brief
 
 
 QUESTION_COLUMNS = ("question", "problem")

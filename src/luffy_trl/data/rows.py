@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Json, Value
 
-from ..demonstrations.encoding import brief, column_names
+from ..demonstrations.encoding import column_names
+from ..demonstrations.rendering import brief
 from .numbers import exact_text, is_finite, is_number
 
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..demonstrations.encoding import brief, demonstration_text
+from ..demonstrations.encoding import demonstration_text
+from ..demonstrations.rendering import brief
 from .numbers import exact_text, is_finite, is_number
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .encoding import demonstration_text, end_of_turn, without_repeated_opening
+from .encoding import demonstration_text
 from .prompts import render
+from .rendering import end_of_turn, without_repeated_opening
+from .trajectories import is_trajectory
 
 
 # Rows whose prompts and demonstrations are compared before training
@@ -61,7 +63,11 @@ def disagreements(
         try:
             prompt = render(processing_class, row, kwargs, f"Row {i}")
             opened, closed = _thought_of(prompt, _tail(processing_class, row, kwargs, prompt))
-            texts = [demonstration_text(value, f"Row {i}: a demonstration") for value in _completions(row)]
+            texts = [
+                demonstration_text(value, f"Row {i}: a demonstration")
+                for value in _completions(row)
+                if not is_trajectory(value)
+            ]
         except ValueError as error:  # who must read the row refuses it; here it is only not compared
             unread.append(str(error))
             continue

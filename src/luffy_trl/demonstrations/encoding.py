@@ -2,7 +2,8 @@
 
 The data contract is TRL's prompt-completion type, so the same dataset also serves `SFTTrainer`:
 
-    completion         the demonstration: a str, or a list with one assistant message. None: this prompt has none.
+    completion         the demonstration: a str, a list with one assistant message, or one of several turns (see
+                       `trajectories.py`). None: this prompt has none.
     demonstrations     instead of `completion`: a list of such completions, several per prompt.
     completion_logps   optional: the behavior policy's log-prob of each token of `completion`, EOS included.
 
@@ -10,15 +11,19 @@ They are encoded once, before training. A demonstration becomes what the policy 
 of its text, then EOS; in a conversation the token that ends a turn in the chat template, if generation stops there.
 """
 
+import json
 import math
 from array import array
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
-from trl import prepare_multimodal_messages
+
+from .rendering import Tools, brief, end_of_turn, rendered_prompt, without_repeated_opening
+from .trajectories import ChatMessage, Span, TrajectoryEncoder, is_trajectory
 
 
 SOURCE_COLUMNS = ("completion", "demonstrations", "completion_logps")
@@ -26,11 +31,19 @@ SOURCE_COLUMNS = ("completion", "demonstrations", "completion_logps")
 # log-probs are bytes, one value a demonstration: rows are copied, sent and walked through many times on their way.
 IDS_COLUMN = "demonstration_ids"  # list[bytes], int32
 LOGPS_COLUMN = "demonstration_logps"  # list[bytes], float32; there only where the data has `completion_logps`
+TURNS_COLUMN = "demonstration_turns"  # list[str], JSON of a trajectory's messages and context; "" for one message
 USABLE_COLUMN = "demonstrations_usable"  # int, how many there are
 DROPPED_COLUMN = "demonstrations_dropped"  # int, demonstrations of this row that were too long
 TRUNCATED_COLUMN = "demonstrations_truncated"  # int, demonstrations of this row that were cut
 ROW_COLUMN = "demonstrations_row"  # int, the row's place in the dataset; there only where a source asks for it
-ENCODED_COLUMNS = (IDS_COLUMN, LOGPS_COLUMN, USABLE_COLUMN, DROPPED_COLUMN, TRUNCATED_COLUMN, ROW_COLUMN)
+ENCODED_COLUMNS = (
+    IDS_COLUMN, LOGPS_COLUMN, TURNS_COLUMN, USABLE_COLUMN, DROPPED_COLUMN, TRUNCATED_COLUMN, ROW_COLUMN,
+)  # fmt: skip
+
+# What encoding reads
+READ_COLUMNS = ("prompt", "tools", "environment", *SOURCE_COLUMNS)
+# TRL's, of rows whose prompts environments make
+PROMPT_OF_ENVIRONMENTS = [{"role": "user", "content": ""}]
 
 OVERFLOWS = ("drop", "truncate", "error")
 
@@ -38,19 +51,22 @@ OVERFLOWS = ("drop", "truncate", "error")
 ENCODED_AT_ONCE = 100
 
 # Part of the datasets cache's fingerprint: raise it with every change of what encoding produces
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 
 
 @dataclass(frozen=True)
 class Demonstration:
     """One off-policy completion: its token ids, and the behavior policy's log-prob of each, where known.
 
-    Where it is `continued`, it is the beginning of one, and the policy goes on from there.
+    Where it is `continued`, it is the beginning of one, and the policy goes on from there. A trajectory has its
+    messages, as reward functions get them, and its `context`: the tokens that tools and users have written.
     """
 
     token_ids: list[int]
     logps: list[float] | None = None
     continued: bool = False
+    context: Sequence[Span] = ()
+    messages: Sequence[ChatMessage] = ()
 
     def prefix(self, ratio: float) -> "Demonstration | None":
         """The first part, `ratio` of the tokens rounded down; all of it is the demonstration itself, nothing None."""
@@ -61,14 +77,33 @@ class Demonstration:
             return None
         return Demonstration(self.token_ids[:length], self.logps and self.logps[:length], continued=True)
 
+    def tool_mask(self) -> list[int]:
+        """TRL's: 0 on the tokens that tools and users have written, 1 on the others."""
+        mask = [1] * len(self.token_ids)
+        for start, end in self.context:
+            mask[start:end] = [0] * (end - start)
+        return mask
+
+    def turns(self, longest: int) -> "Demonstration | None":
+        """The first turns, as many as have `longest` tokens; None where the first has more."""
+        kept = [span for span in self.context if span[0] <= longest]
+        if not kept:
+            return None
+        length = kept[-1][0]
+        spoken = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        messages = self.messages[: spoken[len(kept) - 1] + 1]
+        return Demonstration(
+            self.token_ids[:length], self.logps and self.logps[:length], context=kept[:-1], messages=messages
+        )
+
 
 def demonstrations_of(row: dict[str, Any]) -> list[Demonstration]:
     """The usable demonstrations of an encoded row."""
     ids = [array("i", value).tolist() for value in row[IDS_COLUMN]]
-    if LOGPS_COLUMN not in row:
-        return [Demonstration(token_ids) for token_ids in ids]
-    logps = [array("f", value).tolist() for value in row[LOGPS_COLUMN]]  # empty: this one brings none
-    return [Demonstration(token_ids, values or None) for token_ids, values in zip(ids, logps, strict=True)]
+    # Empty: this one brings none
+    logps = [array("f", value).tolist() or None for value in row.get(LOGPS_COLUMN, [b""] * len(ids))]
+    turns = [json.loads(value) if value else {} for value in row.get(TURNS_COLUMN, [""] * len(ids))]
+    return [Demonstration(tokens, given, **of) for tokens, given, of in zip(ids, logps, turns, strict=True)]
 
 
 class DemonstrationEncoder:
@@ -81,9 +116,11 @@ class DemonstrationEncoder:
         overflow: what to do with a longer demonstration. "drop" it; "truncate" it to `max_length` tokens, which then
             do not end with EOS; "error".
         chat_template_kwargs: what prompts are rendered with, beside their messages.
+        tools: and the tools that they are rendered with.
+        gives_prefixes: the policy continues demonstrations, which cannot be done with a trajectory.
 
     Raises:
-        ValueError: naming the row and the field, for a prompt that is missing or has images; for a demonstration that
+        ValueError: naming the row and the field, for a prompt that is missing; for a demonstration that
             is empty, is no text, or holds an EOS before its end; for log-probs that are not finite, positive, or of
             another number than the tokens; and for a demonstration that is too long under "error".
     """
@@ -95,6 +132,8 @@ class DemonstrationEncoder:
         max_length: int,
         overflow: str,
         chat_template_kwargs: dict[str, Any],
+        tools: Tools = Tools(),  # noqa: B008 - holds nothing
+        gives_prefixes: bool = False,
     ):
         self.version = ENCODING_VERSION
         self.processing_class = processing_class
@@ -104,48 +143,38 @@ class DemonstrationEncoder:
         self.max_length = max_length
         self.overflow = overflow
         self.chat_template_kwargs = chat_template_kwargs
+        self.tools = tools
+        self.gives_prefixes = gives_prefixes
+        self.encode_trajectory = TrajectoryEncoder(processing_class, eos_token_ids)
         # Rollouts of a conversation end as its template does, where generation stops there
         turn_end = end_of_turn(processing_class, chat_template_kwargs)
         self.turn_end_id = turn_end if turn_end in eos_token_ids else self.tokenizer.eos_token_id
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        has_logps = "completion_logps" in batch
-        columns: dict[str, list] = {IDS_COLUMN: [], USABLE_COLUMN: [], DROPPED_COLUMN: [], TRUNCATED_COLUMN: []}
-        if has_logps:
+        read = [name for name in READ_COLUMNS if name in batch]
+        rows = [{name: batch[name][i] for name in read} for i in range(len(indices))]
+        columns: dict[str, list] = {IDS_COLUMN: [], TURNS_COLUMN: [], USABLE_COLUMN: []}
+        columns |= {DROPPED_COLUMN: [], TRUNCATED_COLUMN: []}
+        if "completion_logps" in batch:
             columns[LOGPS_COLUMN] = []
-
-        for prompt, row in zip(batch["prompt"], indices, strict=True):
-            _check_prompt(prompt, row)
-        texts = [self._texts(batch, i, row) for i, row in enumerate(indices)]
-        # One call for all texts of the batch: fast tokenizers spread it over the cores
-        flat = [text for row_texts in texts for _, text in row_texts]
-        tokenized = self.tokenizer(flat, add_special_tokens=False, return_attention_mask=False) if flat else {}
-        flat_ids = iter(tokenized.get("input_ids", []))
-
-        for i, row in enumerate(indices):
-            ids_list, logps_list, dropped, truncated = [], [], 0, 0
-            for where, _ in texts[i]:
-                ids = self._ended(next(flat_ids), batch["prompt"][i], where)
-                logps = batch["completion_logps"][i] if has_logps else None
-                if logps is not None:
-                    _check_logps(logps, len(ids), f"Row {row}: `completion_logps`")
-                fitting = self.fitting(Demonstration(ids, logps), where)
-                if fitting is None:
-                    dropped += 1
-                    continue
-                truncated += len(fitting.token_ids) < len(ids)
-                ids_list.append(array("i", fitting.token_ids).tobytes())
-                logps_list.append(array("f", fitting.logps or []).tobytes())
-            columns[IDS_COLUMN].append(ids_list)
-            columns[USABLE_COLUMN].append(len(ids_list))
-            columns[DROPPED_COLUMN].append(dropped)
-            columns[TRUNCATED_COLUMN].append(truncated)
-            if has_logps:
-                columns[LOGPS_COLUMN].append(logps_list)
+        named = [_named(self._checked(row, number), number) for row, number in zip(rows, indices, strict=True)]
+        for demonstrations in self._encoded(rows, named):
+            fitting = [(self.fitting(demonstration, where), demonstration) for demonstration, where in demonstrations]
+            kept = [(short, whole) for short, whole in fitting if short is not None]
+            columns[IDS_COLUMN].append([array("i", short.token_ids).tobytes() for short, _ in kept])
+            columns[TURNS_COLUMN].append([_turns(short) for short, _ in kept])
+            columns[USABLE_COLUMN].append(len(kept))
+            columns[DROPPED_COLUMN].append(len(fitting) - len(kept))
+            columns[TRUNCATED_COLUMN].append(sum(len(s.token_ids) < len(w.token_ids) for s, w in kept))
+            if LOGPS_COLUMN in columns:
+                columns[LOGPS_COLUMN].append([array("f", short.logps or []).tobytes() for short, _ in kept])
         return columns
 
-    def encode(self, value: Any, prompt: str | list[dict[str, Any]], where: str) -> Demonstration:
+    def encode(self, value: Any, row: dict[str, Any], where: str) -> Demonstration:
         """One demonstration, however long: a completion in one of TRL's forms, or token ids with their log-probs.
+
+        Args:
+            row: of the dataset, with its `prompt`, and its `tools` where it has any.
 
         Raises:
             ValueError: starting with `where`, as for a dataset's row.
@@ -153,12 +182,55 @@ class DemonstrationEncoder:
         if isinstance(value, Demonstration):
             if not value.token_ids:
                 raise ValueError(f"{where} has no tokens.")
-            ids, logps = self._ended(list(value.token_ids), prompt, where), value.logps
+            ids, logps = self._ended(list(value.token_ids), row["prompt"], where), value.logps
             if logps is not None:
                 _check_logps(logps, len(ids), f"`logps` of {where}")
             return Demonstration(ids, logps)
-        [text] = self._as_written(prompt, [demonstration_text(value, where)])
-        return Demonstration(self._ended(self.tokenizer(text, add_special_tokens=False)["input_ids"], prompt, where))
+        [[(demonstration, _)]] = self._encoded([row], [[(value, where)]])
+        return demonstration
+
+    def _checked(self, row: dict[str, Any], number: int) -> dict[str, Any]:
+        if "prompt" not in row and self.tools.of_environments is not None:
+            row["prompt"] = PROMPT_OF_ENVIRONMENTS
+        _check_prompt(row.get("prompt"), number)
+        return row
+
+    def _encoded(
+        self, rows: list[dict[str, Any]], named: list[list[tuple[Any, str]]]
+    ) -> list[list[tuple[Demonstration, str]]]:
+        """Each row's demonstrations, and what messages call them.
+
+        Args:
+            named: the completions of each row, and what messages call them.
+        """
+        texts = [
+            self._as_written(row, [demonstration_text(v, where) for v, where in values if not is_trajectory(v)])
+            for row, values in zip(rows, named, strict=True)
+        ]
+        # One call for all texts of the batch: fast tokenizers spread it over the cores
+        flat = [text for row_texts in texts for text in row_texts]
+        tokenized = self.tokenizer(flat, add_special_tokens=False, return_attention_mask=False) if flat else {}
+        flat_ids = iter(tokenized.get("input_ids", []))
+        encoded: list[list[tuple[Demonstration, str]]] = []
+        for row, values in zip(rows, named, strict=True):
+            encoded.append([])
+            for value, where in values:
+                if is_trajectory(value):
+                    demonstration = self._trajectory(value, row, where)
+                else:
+                    demonstration = Demonstration(self._ended(next(flat_ids), row["prompt"], where))
+                encoded[-1].append((_with_logps(demonstration, row.get("completion_logps"), where), where))
+        return encoded
+
+    def _trajectory(self, value: list[ChatMessage], row: dict[str, Any], where: str) -> Demonstration:
+        if self.gives_prefixes:
+            raise ValueError(
+                f"{where} is a trajectory, which is replayed whole: leave prefix_strategy, prefix_min and prefix_max "
+                "out, or give the prompt one assistant message without tool calls."
+            )
+        options = self.chat_template_kwargs | self.tools.options(row, where.partition(":")[0])
+        ids, context, messages = self.encode_trajectory(value, row["prompt"], options, where)
+        return Demonstration(ids, context=context, messages=messages)
 
     def fitting(self, demonstration: Demonstration, where: str) -> Demonstration | None:
         """The demonstration, if it fits; if it does not, what `overflow` makes of it, None where it is dropped."""
@@ -172,32 +244,18 @@ class DemonstrationEncoder:
             )
         if self.overflow == "drop":
             return None
+        if demonstration.messages:  # whole turns: half of what a tool has answered is nothing to learn from
+            return demonstration.turns(self.max_length)
         logps = demonstration.logps and demonstration.logps[: self.max_length]
         return Demonstration(demonstration.token_ids[: self.max_length], logps)
 
-    def _texts(self, batch: dict[str, list], i: int, row: int) -> list[tuple[str, str]]:
-        """(name for messages, text as the policy would write it) of each demonstration in the i-th row."""
-        if "demonstrations" in batch:
-            values = batch["demonstrations"][i]
-            if values is None:
-                values = []
-            if not isinstance(values, list):
-                raise ValueError(
-                    f"Row {row}: `demonstrations` is {brief(values)}, expected a list of completions (each a str, or "
-                    "a list with one assistant message)."
-                )
-            named = [(f"Row {row}: `demonstrations[{j}]`", value) for j, value in enumerate(values)]
-        else:
-            value = batch["completion"][i]
-            named = [] if value is None else [(f"Row {row}: `completion`", value)]
-        texts = [demonstration_text(value, where) for where, value in named]
-        return list(zip([where for where, _ in named], self._as_written(batch["prompt"][i], texts), strict=True))
-
-    def _as_written(self, prompt: str | list[dict[str, Any]], texts: list[str]) -> list[str]:
+    def _as_written(self, row: dict[str, Any], texts: list[str]) -> list[str]:
         """The texts as the policy would write them after this prompt, which may already open the thought."""
         if not any("<think>" in text for text in texts):
             return texts
-        rendered = rendered_prompt(self.processing_class, prompt, self.chat_template_kwargs)
+        options = self.chat_template_kwargs | self.tools.options(row, "`tools`")
+        # Its end is what matters: images are not needed for it, and not there
+        rendered = rendered_prompt(self.processing_class, without_images(row["prompt"]), options)
         return [without_repeated_opening(rendered, text) for text in texts]
 
     def _ended(self, ids: list[int], prompt: str | list[dict[str, Any]], where: str) -> list[int]:
@@ -233,7 +291,7 @@ def encode_dataset(
         return dataset.map(encoder, remove_columns=used, **options)
 
     features = {name: feature for name, feature in dataset.features.items() if name not in used}
-    features[IDS_COLUMN] = List(Value("binary"))
+    features |= {IDS_COLUMN: List(Value("binary")), TURNS_COLUMN: List(Value("string"))}
     features |= dict.fromkeys((USABLE_COLUMN, DROPPED_COLUMN, TRUNCATED_COLUMN), Value("int32"))
     if "completion_logps" in used:
         features[LOGPS_COLUMN] = List(Value("binary"))
@@ -259,6 +317,36 @@ def without_demonstrations(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in ours} for row in rows]
 
 
+def _named(row: dict[str, Any], number: int) -> list[tuple[Any, str]]:
+    """The completions of a row, and what messages call them."""
+    if "demonstrations" not in row:
+        value = row["completion"]
+        return [] if value is None else [(value, f"Row {number}: `completion`")]
+    values = row["demonstrations"] or []
+    if not isinstance(values, list):
+        raise ValueError(
+            f"Row {number}: `demonstrations` is {brief(values)}, expected a list of completions (each a str, or a "
+            "list with one assistant message, or of several turns)."
+        )
+    return [(value, f"Row {number}: `demonstrations[{j}]`") for j, value in enumerate(values)]
+
+
+def _turns(demonstration: Demonstration) -> str:
+    if not demonstration.messages:
+        return ""
+    return json.dumps({"context": demonstration.context, "messages": demonstration.messages})
+
+
+def _with_logps(demonstration: Demonstration, logps: list[float] | None, where: str) -> Demonstration:
+    """With the behavior policy's log-probs in their places: a trajectory has them of its own tokens alone."""
+    if logps is None:
+        return demonstration
+    mask = demonstration.tool_mask()
+    _check_logps(logps, sum(mask), f"{where.partition(':')[0]}: `completion_logps`")
+    own = iter(logps)
+    return replace(demonstration, logps=[next(own) if is_own else 0.0 for is_own in mask])
+
+
 def _check_logps(logps: list[float], number_of_tokens: int, where: str) -> None:
     if len(logps) != number_of_tokens:
         raise ValueError(
@@ -277,13 +365,6 @@ def _check_logps(logps: list[float], number_of_tokens: int, where: str) -> None:
 def _check_prompt(prompt: Any, row: int) -> None:
     if not isinstance(prompt, str | list) or not prompt:
         raise ValueError(f"Row {row}: `prompt` is {brief(prompt)}, expected a str or a list of messages.")
-    for message in prompt if isinstance(prompt, list) else []:
-        parts = message["content"] if isinstance(message.get("content"), list) else []
-        if any(part.get("type") == "image" for part in parts):
-            raise ValueError(
-                f"Row {row}: `prompt` has an image, which is not supported together with demonstrations. Leave it "
-                "out, or set num_demonstrations=0."
-            )
 
 
 def demonstration_text(value: Any, where: str) -> str:
@@ -321,43 +402,16 @@ def as_completion(prompt: str | list, text: str) -> str | list[dict[str, str]]:
     return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
 
 
-def rendered_prompt(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-    prompt: str | list[dict[str, Any]],
-    chat_template_kwargs: dict[str, Any],
-    images: list[Any] | None = None,
-    add_generation_prompt: bool = True,
-) -> str:
-    """A prompt as it stands in front of the policy."""
+def without_images(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """A prompt with its texts alone."""
     if isinstance(prompt, str):
         return prompt
-    if isinstance(processing_class, ProcessorMixin):  # TRL gives these their messages in parts
-        prompt = prepare_multimodal_messages(prompt, images)
-    return processing_class.apply_chat_template(
-        prompt, add_generation_prompt=add_generation_prompt, tokenize=False, **chat_template_kwargs
-    )
-
-
-def end_of_turn(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin, chat_template_kwargs: dict[str, Any]
-) -> int | None:
-    """The token with which the chat template ends an assistant's turn: after the answer and blanks, if it is special,
-    else what follows the answer.
-
-    None where there is no chat template, or nothing but blanks follows, or the template takes no such conversation.
-    """
-    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
-    answer = "An answer."
-    turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
-    try:
-        rendered = rendered_prompt(processing_class, turns, chat_template_kwargs, add_generation_prompt=False)
-    except Exception:  # a template may raise anything; what it does not take, it does not end
-        return None
-    before, _, end = rendered.rpartition(answer)
-    special = set(tokenizer.added_tokens_decoder)
-    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if before and end.strip() else []
-    after_blanks = next((i for i in ids if i in special or tokenizer.decode([i]).strip()), None)
-    return after_blanks if after_blanks in special else next(iter(ids), None)
+    return [
+        {**message, "content": [part for part in message["content"] if part.get("type") != "image"]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in prompt
+    ]
 
 
 def stop_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -368,17 +422,3 @@ def stop_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         stops = None
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
     return list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
-
-
-def without_repeated_opening(prompt: str, text: str) -> str:
-    """The demonstration without a leading `<think>`, or empty thought, that the rendered prompt already ends with."""
-    for opening in ("<think>\n\n</think>\n\n", "<think>\n", "<think>"):
-        if prompt.endswith(opening) and text.startswith(opening):
-            return text.removeprefix(opening)
-    return text
-
-
-def brief(value: Any) -> str:
-    """A value as messages show it: its type, and its beginning."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"

@@ -41,11 +41,13 @@ class Generation:
         placement: chosen before anything is sampled.
         completion_ids: what the reward functions were asked about, one entry a row; once they were.
         rewards_per_func: `(N, F)`, their answers for the completions of all processes; then, too.
+        tool_mask: 0 on what tools and users wrote, one list a row; None where there is nothing of theirs.
     """
 
     placement: Placement
     completion_ids: list[list[int]] = field(default_factory=list)
     rewards_per_func: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    tool_mask: list[list[int]] | None = None
 
 
 def place_demonstrations(rows: list[Row], group_size: int, per_group: int) -> list[Demonstration | None]:
@@ -114,20 +116,34 @@ def merge_completions(
     return ids, None if sampled_logps is None else logps
 
 
+def tool_masks(
+    placed: Placed, completion_ids: Sequence[list[int]], of_rollouts: list[list[int]] | None
+) -> list[list[int]] | None:
+    """TRL's mask of each row: 0 on what tools and users have written, in a demonstration or in a rollout.
+
+    Args:
+        of_rollouts: TRL's own; None where nothing acts.
+    """
+    if of_rollouts is None and not any(d is not None and d.context for d in placed):
+        return None
+    own = [[1] * len(ids) for ids in completion_ids] if of_rollouts is None else of_rollouts
+    return [mask if d is None or d.continued else d.tool_mask() for d, mask in zip(placed, own, strict=True)]
+
+
 def demonstration_lengths(placed: Placed, device: torch.device) -> torch.Tensor:
     """Tokens of each row that are a demonstration's, `(B,)`."""
     return torch.tensor([len(d.token_ids) if d else 0 for d in placed], device=device)
 
 
-def off_policy_mask(lengths: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+def off_policy_mask(lengths: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """True on the demonstrations' tokens, `(B, T)`.
 
     Args:
         lengths: `(B,)`, of `demonstration_lengths`.
-        completion_mask: `(B, T)`, bool.
+        mask: True on the tokens that count, `(B, T)`.
     """
-    positions = torch.arange(completion_mask.size(1), device=completion_mask.device)  # (T,)
-    return completion_mask & (positions < lengths.unsqueeze(1))
+    positions = torch.arange(mask.size(1), device=mask.device)  # (T,)
+    return mask & (positions < lengths.unsqueeze(1))
 
 
 def behavior_logps(placed: Placed, completion_mask: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,14 @@ before a model's weights are loaded.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, TypeAlias
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from .encoding import SOURCE_COLUMNS, brief, rendered_prompt
+from .encoding import SOURCE_COLUMNS
+from .images import images_of
+from .rendering import brief, rendered_prompt, tools_of
 
 
 # Positions beyond the window are an index error in these, and no extrapolation
@@ -36,9 +39,12 @@ def render(
     Raises:
         ValueError: starting with `where`, if the chat template refuses it.
     """
-    images = row.get("images") or ([row["image"]] if row.get("image") is not None else None)
+    if "tools" not in chat_template_kwargs and (tools := tools_of(row, where)) is not None:
+        chat_template_kwargs = chat_template_kwargs | {"tools": tools}
     try:
-        return rendered_prompt(processing_class, row["prompt"], chat_template_kwargs, images, add_generation_prompt)
+        return rendered_prompt(
+            processing_class, row["prompt"], chat_template_kwargs, images_of(row), add_generation_prompt
+        )
     except Exception as error:  # a template may raise anything
         raise ValueError(_refusal(processing_class, row["prompt"], chat_template_kwargs, where, error)) from error
 
@@ -151,9 +157,10 @@ def _scan(rows: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
     """Each prompt's size in bytes, and one row for each form of prompts: a template refuses forms, not texts."""
     sizes: list[int] = []
     first: dict[Any, int] = {}
-    for row, prompt in enumerate(_column(rows, "prompt")):
+    tools = _column(rows, "tools") if "tools" in _column_names(rows) else repeat(None)
+    for row, (prompt, of_row) in enumerate(zip(_column(rows, "prompt"), tools, strict=False)):
         sizes.append(_size(prompt))
-        first.setdefault(_form(prompt), row)
+        first.setdefault((_form(prompt), repr(of_row)), row)
     return sizes, list(first.values())
 
 

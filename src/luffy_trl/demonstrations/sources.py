@@ -23,6 +23,7 @@ from ..runs.imports import named_function
 from .encoding import (
     DROPPED_COLUMN,
     ENCODED_COLUMNS,
+    PROMPT_OF_ENVIRONMENTS,
     ROW_COLUMN,
     TRUNCATED_COLUMN,
     Demonstration,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from ..config import LuffyConfig
 
 
-# From a row of the dataset to its demonstrations: each a str, a list with one assistant message, or a `Demonstration`
+# From a row of the dataset to its demonstrations: each a str, a list of messages, or a `Demonstration`
 SourceFunction = Callable[[Row], list[Any] | None]
 
 SOURCES = ("dataset", "replay")
@@ -194,7 +195,7 @@ class FunctionSource(DemonstrationSource):
 
     def _encoded(self, row: Row) -> list[tuple[Demonstration, str]]:
         """Each demonstration, and what messages call it."""
-        prompt = row["prompt"]
+        prompt = row.get("prompt", PROMPT_OF_ENVIRONMENTS)
         try:
             values = self.function(row)
         except Exception as error:
@@ -207,7 +208,7 @@ class FunctionSource(DemonstrationSource):
                 "assistant message, or a luffy_trl.demonstrations.Demonstration), or None."
             )
         named = [(value, f"{where}[{i}]") for i, value in enumerate(values or [])]
-        return [(self.encoder.encode(value, prompt, name), name) for value, name in named]
+        return [(self.encoder.encode(value, {"prompt": prompt} | row, name), name) for value, name in named]
 
 
 class ReplaySource(DemonstrationSource):
@@ -298,4 +299,5 @@ def open_source(
 def _identity(dataset: Dataset) -> str:
     """The number of rows, and a checksum of up to about 1000 prompts among them."""
     prompts = dataset.select(range(0, len(dataset), max(len(dataset) // 1000, 1)))["prompt"]
-    return f"{len(dataset)}-{zlib.crc32(json.dumps(list(prompts)).encode()):08x}"
+    texts = json.dumps(list(prompts), default=lambda image: type(image).__name__)
+    return f"{len(dataset)}-{zlib.crc32(texts.encode()):08x}"

@@ -186,6 +186,7 @@ class OwnProblems:
 def _fingerprint(dataset: Dataset) -> str:
     """Changes with any prompt, gold answer or their order."""
     digest = hashlib.sha256()
-    for row in dataset.select_columns([name for name in ("prompt", "solution") if name in dataset.column_names]):
+    read = [name for name in ("prompt", "solution", "tools") if name in dataset.column_names]
+    for row in dataset.select_columns(read):
         digest.update(json.dumps(row, default=str).encode() + b"\n")
     return digest.hexdigest()

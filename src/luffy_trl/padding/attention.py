@@ -66,7 +66,7 @@ def attend_by_sequence(
     dropout: float = 0.0,
     scaling: float | None = None,
     spans: tuple[Span, ...] | None = None,
-    **options: Any,
+    **terms: Any,
 ) -> tuple[torch.Tensor, None]:
     """What Transformers' attention functions return, `(1, N, heads, head_dim)`.
 
@@ -76,44 +76,55 @@ def attend_by_sequence(
     """
     if spans is None:
         assert not isinstance(attention_mask, Window)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **terms)
     for name in UNKNOWN_TERMS:
-        if options.get(name) is not None:
+        if terms.get(name) is not None:
             raise ValueError(f"its attention has a term, {name}, that sequence by sequence is not computed")
     window = attention_mask.size if isinstance(attention_mask, Window) else None
+    options: Any = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.size(1) != query.size(1)}
     lengths = [span.length for span in spans]
     # split and no slices: in the backward pass of a slice the whole row is filled
-    keys, values = key.split(lengths, dim=2), value.split(lengths, dim=2)
+    parts = list(zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True))
     attended = []
-    for i, (span, queries) in enumerate(zip(spans, query.split(lengths, dim=2), strict=True)):
-        own_keys, own_values = keys[i], values[i]
-        if span.prefix is not None:
-            own_keys = torch.cat([keys[span.prefix], own_keys], dim=2)
-            own_values = torch.cat([values[span.prefix], own_values], dim=2)
-        attended.append(
-            scaled_dot_product_attention(
-                queries,
-                own_keys,
-                own_values,
-                **_causal(queries.size(2), own_keys.size(2), window, query.device),
-                dropout_p=dropout,
-                scale=scaling,
-                enable_gqa=key.size(1) != query.size(1),
-            )
-        )
+    for span, own in zip(spans, parts, strict=True):
+        before = () if span.prefix is None else parts[span.prefix]
+        attended.append(_attend(*own, *before, window=window, **options))
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> dict[str, Any]:
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *before: torch.Tensor,
+    window: int | None,
+    **options: Any,
+) -> torch.Tensor:
+    """Of one sequence, `(1, heads, length, head_dim)`.
+
+    Args:
+        before: queries, keys and values of the prompt that it continues.
+        window: how many keys a query sees at most; None: all.
+    """
+    added = 0
+    if before:
+        queries, keys, values = before
+        key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+        if query.device.type == "cpu" and queries.size(2) < query.size(2):
+            # Less than what a mask, which hides nothing from the computation there, would cost
+            query, added = torch.cat([queries, query], dim=2), queries.size(2)
+    visible = _causal(query.size(2), key.size(2), window or key.size(2), query.device)
+    return scaled_dot_product_attention(query, key, value, **visible, **options)[:, :, added:]
+
+
+def _causal(queries: int, keys: int, window: int, device: torch.device) -> dict[str, Any]:
     """The last query sees all keys, the one before it all but the last; no more than a window of them."""
-    window = keys if window is None else window
-    is_windowed = keys > window
-    if queries == keys and not is_windowed:
+    if queries == keys and keys <= window:
         return {"is_causal": True}
-    if device.type == "cuda" and not is_windowed:
+    if device.type == "cuda" and keys <= window:
         return {"attn_mask": causal_lower_right(queries, keys)}  # no mask there: flash attention's own
     before = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return {"attn_mask": before.triu(keys - queries - window + 1) if is_windowed else before}
+    return {"attn_mask": before.triu(keys - queries - window + 1)}
 
 
 def _mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | Window | None:

@@ -14,8 +14,6 @@ from trl import GRPOTrainer
 
 from .attention import BY_SEQUENCE, KNOWN_LAYERS, block_mask, can_attend_by_sequence, without_masks
 from .config import PaddingFreeConfig
-from .dealing import Form, Rows, deal
-from .micro_batches import trim
 from .packing import Layout, accepted
 from .packing_check import COMPLETION_LENGTHS, Agreement, compare, compare_shared, mode, no_trace, probe, shared_probe
 from .waiting import read, read_later
@@ -26,14 +24,11 @@ logger = get_logger(__name__)
 
 class PackedForwardMixin(GRPOTrainer):
     """
-    GRPOTrainer that packs its forward passes where attention allows it, and scores a generation by length.
+    GRPOTrainer that packs its forward passes where the model allows it.
 
     What differs from [`~trl.GRPOTrainer`], override by override:
 
-    - `_generate_and_score_completions`: nothing; while it runs, forward passes are those of the old and the reference
-      policy;
-    - `_get_per_token_logps_and_entropies`: packs the forward pass; of a generation, scores by rows of like length, and
-      only those that `_rows_to_score` names;
+    - `_get_per_token_logps_and_entropies`: packs the forward pass;
     - `_compute_loss`: nothing; while it runs, a micro-batch lies as its `layout` says, and no metric is waited for;
     - `log`: reads those metrics.
 
@@ -56,19 +51,10 @@ class PackedForwardMixin(GRPOTrainer):
         self._layout: Layout | None = None
         # Of the loss that is computed, what ends with it
         self._after_forward: ExitStack | None = None
-        # What forward passes are for: the loss, or the log-probs of old and reference policy in a generation
-        self._phase: Literal["loss", "generation"] = "loss"
         # Now, where the model is whole already and a refusal is due; else with the first forward pass
         asked = self.args.packed_forward or self.args.share_prompts
         if asked and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._check_packing()
-
-    def _rows_to_score(self, rows: int) -> list[int]:
-        """Of a generation's `rows` rows on this process, those whose old and reference log-probs anybody needs.
-
-        The others get 0: who leaves rows out keeps these values out of the loss. At least one row is scored.
-        """
-        return list(range(rows))
 
     def _compute_loss(self, model, inputs):
         self._check_packing()  # before a layout is made use of
@@ -87,20 +73,6 @@ class PackedForwardMixin(GRPOTrainer):
 
     # Forward passes
 
-    def _generate_and_score_completions(self, inputs):
-        if not self.model.training:
-            return super()._generate_and_score_completions(inputs)
-        with self._in_generation():
-            return super()._generate_and_score_completions(inputs)
-
-    @contextmanager
-    def _in_generation(self) -> Iterator[None]:
-        self._phase = "generation"
-        try:
-            yield
-        finally:
-            self._phase = "loss"
-
     def _get_per_token_logps_and_entropies(
         self,
         model,
@@ -115,10 +87,7 @@ class PackedForwardMixin(GRPOTrainer):
         forward = super()._get_per_token_logps_and_entropies
         self._check_packing()
         if all(value is None for value in images.values()):
-            if self._packs:
-                forward = self._packed_forward
-            if self._phase == "generation" and self.args.trim_padding:
-                return self._score(forward, model, input_ids, attention_mask, logits_to_keep, batch_size)
+            forward = self._packed_forward if self._packs else forward
         outputs = forward(
             model,
             input_ids,
@@ -137,48 +106,6 @@ class PackedForwardMixin(GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         read(self._metrics["train"])
         super().log(logs, start_time)
-
-    def _score(self, forward, model, input_ids, attention_mask, logits_to_keep, batch_size):
-        """Log-probs `(B, T)` of the rows to score, by rows of like length; 0 for the others. All that TRL takes."""
-        prompts, completions = attention_mask[:, :-logits_to_keep], attention_mask[:, -logits_to_keep:]
-        lengths = torch.stack([prompts.sum(1), completions.sum(1)]).tolist()  # waits once a generation
-        rows = Rows(lengths[0], lengths[1], groups=list(range(len(input_ids))))
-        logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)  # (B, T)
-        for chunk in self._chunks_to_score(rows, batch_size):
-            part = {
-                "prompt_ids": input_ids[chunk, :-logits_to_keep],
-                "prompt_mask": prompts[chunk],
-                "completion_ids": input_ids[chunk, -logits_to_keep:],
-                "completion_mask": completions[chunk],
-            }
-            part = trim(part, self.pad_to_multiple_of)
-            width = part["completion_ids"].size(1)
-            logps[chunk, :width] = forward(
-                model,
-                torch.cat([part["prompt_ids"], part["completion_ids"]], 1),
-                torch.cat([part["prompt_mask"], part["completion_mask"]], 1),
-                width,
-            )[0].to(logps.dtype)
-        return logps, None, None
-
-    def _chunks_to_score(self, rows: Rows, batch_size: int) -> list[list[int]]:
-        """The rows to score in as many parts on each process, the longest first. Collective."""
-        chosen = sorted(self._rows_to_score(len(rows)), key=lambda row: -rows.completions[row])
-        if not self._budget:
-            chosen = self._as_many_everywhere(chosen)
-            return [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
-        form: Form = "packed" if self._packs else "padded"
-        chunks = deal(rows, chosen, self._budget, form)
-        most = max(gather_object([len(chunks)]))
-        # A process with few rows to score scores some of them again
-        return [
-            *deal(rows, chosen, self._budget, form, min(most, len(chosen))),
-            *([chosen[-1:]] * (most - len(chosen))),
-        ]
-
-    def _as_many_everywhere(self, rows: list[int]) -> list[int]:
-        """The rows, with the last one again and again where another process has more. Collective."""
-        return rows + rows[-1:] * (max(gather_object([len(rows)])) - len(rows))
 
     # Packing
 

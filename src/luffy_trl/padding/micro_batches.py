@@ -14,6 +14,8 @@ import torch
 
 # Keys of TRL's batch that are padded along dimension 1: prompts to the left, completions to the right
 PROMPT_KEYS = ("prompt_ids", "prompt_mask")
+# Prompts and completions in one, those of models that read images
+WHOLE_KEYS = ("token_type_ids", "mm_token_type_ids")
 COMPLETION_KEYS = (
     "completion_ids",
     "completion_mask",
@@ -82,19 +84,27 @@ def _deal(batches: list[Batch], rows: Sequence[torch.Tensor]) -> list[Batch]:
 
 def joined(batches: Sequence[Batch]) -> Batch:
     """One batch of all their rows; what is one value for all is the first one's."""
-    return {
-        key: torch.cat([batch[key] for batch in batches]) if has_rows(value) else value
-        for key, value in batches[0].items()
-    }
+    return {key: _together([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def _together(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], list):  # one entry a row, such as its images
+        return [entry for of_batch in values for entry in of_batch]
+    return torch.cat(list(values)) if has_rows(values[0]) else values[0]
 
 
 def selected(batch: Batch, rows: torch.Tensor) -> Batch:
     """What the batch has of these rows."""
-    return {key: value[rows] for key, value in batch.items() if has_rows(value)}
+    numbers = rows.tolist() if any(isinstance(value, list) for value in batch.values()) else []
+    return {
+        key: [value[i] for i in numbers] if isinstance(value, list) else value[rows]
+        for key, value in batch.items()
+        if has_rows(value)
+    }
 
 
 def has_rows(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
+    return isinstance(value, list) or (isinstance(value, torch.Tensor) and value.dim() > 0)
 
 
 def trim(batch: Batch, multiple_of: int | None = None, completion_keys: Sequence[str] = COMPLETION_KEYS) -> Batch:
@@ -123,6 +133,8 @@ def cut(
     for key in completion_keys:
         if key in batch and batch[key].size(1) > 1:  # (B, 1) is one value a sequence
             trimmed[key] = batch[key][:, :completion]
+    start, end = batch["prompt_ids"].size(1) - prompt, batch["prompt_ids"].size(1) + completion
+    trimmed |= {key: batch[key][:, start:end] for key in WHOLE_KEYS if key in batch}
     return trimmed
 
 

@@ -11,12 +11,13 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, gather_object
 from torch.nn.functional import pad
 from trl import GRPOTrainer
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from .budget import Due, StepRows, dealt, form_of
 from .config import PaddingFreeConfig
-from .forward import PackedForwardMixin
 from .micro_batches import COMPLETION_KEYS, Batch, drop_zero_advantages, optimizer_steps, order_by_length, trim
 from .packing import Layout
+from .scoring import ScoringMixin
 
 
 logger = get_logger(__name__)
@@ -25,12 +26,13 @@ logger = get_logger(__name__)
 LOSSES_OVER_TOKENS = ("dapo", "cispo", "vespo")
 
 
-class PaddingFreeMixin(PackedForwardMixin):
+class PaddingFreeMixin(ScoringMixin):
     """
     GRPOTrainer whose micro-batches hold rows of like length, cut to the longest, packed where attention allows it.
 
     What differs from [`~trl.GRPOTrainer`], beside the forward passes of
-    [`~luffy_trl.padding.forward.PackedForwardMixin`], override by override:
+    [`~luffy_trl.padding.forward.PackedForwardMixin`] and [`~luffy_trl.padding.scoring.ScoringMixin`], override by
+    override:
 
     - `_prepare_inputs`: orders the rows of each optimizer step by length, and trims the micro-batches; or, with
       `tokens_per_micro_batch`, deals them into others;
@@ -85,15 +87,14 @@ class PaddingFreeMixin(PackedForwardMixin):
 
     def _arrange(self, batches: list[Batch]) -> list[Batch]:
         """The micro-batches of a generation, without wasted padding. No row leaves its optimizer step."""
-        if "pixel_values" in batches[0]:  # rows with different numbers of image tensors cannot change places
-            return batches
+        batches = [split_pixel_values_by_grid(batch) for batch in batches]  # a row's images go where it goes
         if self._steps_are_the_same_in_each_iteration(len(batches)):
             batches = [batch for step in self._steps_of(len(batches)) for batch in self._reorder(batches, step)]
-        return [self._trimmed(batch) for batch in batches]
+        return [self._trimmed(unsplit_pixel_values_by_grid(batch)) for batch in batches]
 
     def _trimmed(self, batch: Batch) -> Batch:
         batch = trim(batch, self.pad_to_multiple_of, self._completion_keys)
-        if self._packs:
+        if self._packs and "pixel_values" not in batch:
             mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
             batch["layout"] = Layout.of_masks(mask.bool(), batch["completion_mask"].size(1))
         return batch

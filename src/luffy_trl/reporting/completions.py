@@ -1,5 +1,6 @@
 """The completions that TRL keeps with `log_completions`, within limits: anyone's text, of any length."""
 
+import json
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
+from ..demonstrations.rendering import without_nones
 from .logs import COMPLETIONS, Run
 
 
@@ -24,6 +26,7 @@ class Completion:
     advantage: float | None
     demonstration: bool
     tokens: list[tuple[str, float | None]] = field(default_factory=list)  # text, probability: see token_probs.py
+    is_trajectory: bool = False  # of several turns, or with calls of tools: the text names who says what
 
 
 @dataclass
@@ -81,9 +84,29 @@ def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
 def prompt_text(prompt: Any) -> str:
     """A prompt for a reader: messages with their roles. What is no message is shown as it is."""
     if isinstance(prompt, list):
-        roles = [f"{message.get('role')}: " if isinstance(message, dict) else "" for message in prompt]
-        return "\n".join(role + message_text(message) for role, message in zip(roles, prompt, strict=True))
+        return "\n".join(_turn(message) for message in prompt)
     return str(prompt)
+
+
+def _turn(message: Any) -> str:
+    """Who says what, and a line for each call of a tool."""
+    if not isinstance(message, dict):
+        return message_text(message)
+    name = f" {message['name']}" if message.get("role") == "tool" and message.get("name") else ""
+    return "\n".join([f"{message.get('role')}{name}: {message_text(message)}".rstrip(), *map(_call, _calls(message))])
+
+
+def _calls(message: Any) -> list[Any]:
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    return calls if isinstance(calls, list) else []
+
+
+def _call(call: Any) -> str:
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict):
+        return f"  calls {function}"
+    arguments = without_nones(function.get("arguments") or {})  # a table fills in what other calls have
+    return f"  calls {function.get('name')}({json.dumps(arguments, ensure_ascii=False, default=str)})"
 
 
 def message_text(message: Any) -> str:
@@ -141,8 +164,10 @@ def _completion(row: dict[str, Any]) -> Completion:
         for name, reward in row.items()
         if name not in OTHER_COLUMNS and (reward is None or isinstance(reward, int | float))
     }
-    text = "".join(map(message_text, value)) if isinstance(value, list) else str(value)
-    return Completion(text, rewards, _number(row.get("advantage")), bool(row.get("demonstration")))
+    is_trajectory = isinstance(value, list) and (len(value) > 1 or any(map(_calls, value)))
+    text = "".join(map(message_text, value)) if isinstance(value, list) and not is_trajectory else prompt_text(value)
+    advantage, demonstration = _number(row.get("advantage")), bool(row.get("demonstration"))
+    return Completion(text, rewards, advantage, demonstration, is_trajectory=is_trajectory)
 
 
 def _number(value: Any) -> float | None:

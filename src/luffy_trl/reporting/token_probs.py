@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..demonstrations.encoding import rendered_prompt
+from ..demonstrations.rendering import rendered_prompt
 from ..runs.quiet import quiet_progress_bars
 from . import ReportError
 from .completions import Completion, KeptStep
@@ -26,9 +26,12 @@ def color_tokens(kept: list[list[KeptStep]], model_dir: str) -> str:
     # positions beyond the window have no embedding, or were never trained; state-space models have no window
     window = getattr(model.config.get_text_config(), "max_position_embeddings", MOST_TOKENS)
     most = min(MOST_TOKENS, window)
-    without_room = 0
+    without_room = trajectories = 0
     for steps in kept:
         rows = [(group.prompt, row) for step in steps[-1:] for group in step.groups for row in group.completions]
+        # The text of a trajectory is for a reader, and not what its template makes of it
+        trajectories += sum(row.is_trajectory for _, row in rows)
+        rows = [(prompt, row) for prompt, row in rows if not row.is_trajectory]
         for prompt, row in rows[:MOST_COLORED]:
             prompt_ids = _prompt_ids(tokenizer, prompt, model_dir)
             without_room += len(prompt_ids) >= most
@@ -43,6 +46,8 @@ def color_tokens(kept: list[list[KeptStep]], model_dir: str) -> str:
         f"Tokens of the last step's first {MOST_COLORED} completions are coloured by their probability under "
         f"{model_dir}, not under the policy at that step; {most:,} tokens with the prompt are looked at. "
     )
+    if trajectories:
+        note += f"{trajectories} completions of several turns are not coloured. "
     if without_room:
         note += f"{without_room} completions are not coloured: their prompts leave no room. "
     return note + "From certain to improbable:"

@@ -120,7 +120,27 @@ def pretrain(
     """
     set_seed(seed)
     tokenizer = build_tokenizer()
-    model = Qwen2ForCausalLM(
+    model = build_model(tokenizer)
+    train_base(model, PretrainingRows(tokenizer, seed, **rows), steps)
+
+    rng, sample = random.Random(f"pretraining check {seed}"), rows.get("sample", sample_walk)
+    walks = [sample(rng, rng.randint(MIN_LENGTH, MAX_LENGTH)) for _ in range(512)]
+    step_by_step = accuracy(model, tokenizer, walks, STEP_BY_STEP, LONGEST)
+    at_once = accuracy(model, tokenizer, walks, AT_ONCE, LONGEST)
+    if step_by_step < MIN_STEP_BY_STEP_ACCURACY or at_once > 1 - MIN_STEP_BY_STEP_ACCURACY:
+        raise RuntimeError(
+            f"Pretraining the base of the letter walk failed: accuracy {step_by_step:.3f} step by step (expected at "
+            f"least {MIN_STEP_BY_STEP_ACCURACY}) and {at_once:.3f} at once (expected about 0). Try another seed than "
+            f"{seed}."
+        )
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    return model, tokenizer
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A tiny Qwen2 of random weights with this vocabulary."""
+    return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
             hidden_size=128,
@@ -136,29 +156,19 @@ def pretrain(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def train_base(model: PreTrainedModel, rows: IterableDataset, steps: int) -> None:
+    """Next-token training on endless rows of `input_ids` and `labels`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=steps)
-    batches = iter(DataLoader(PretrainingRows(tokenizer, seed, **rows), BATCH_SIZE, collate_fn=_collate))
+    batches = iter(DataLoader(rows, BATCH_SIZE, collate_fn=_collate))
     for _ in tqdm(range(steps), desc="Pretraining the base", unit="step"):
         model(**next(batches)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-
-    rng, sample = random.Random(f"pretraining check {seed}"), rows.get("sample", sample_walk)
-    walks = [sample(rng, rng.randint(MIN_LENGTH, MAX_LENGTH)) for _ in range(512)]
-    step_by_step = accuracy(model, tokenizer, walks, STEP_BY_STEP, LONGEST)
-    at_once = accuracy(model, tokenizer, walks, AT_ONCE, LONGEST)
-    if step_by_step < MIN_STEP_BY_STEP_ACCURACY or at_once > 1 - MIN_STEP_BY_STEP_ACCURACY:
-        raise RuntimeError(
-            f"Pretraining the base of the letter walk failed: accuracy {step_by_step:.3f} step by step (expected at "
-            f"least {MIN_STEP_BY_STEP_ACCURACY}) and {at_once:.3f} at once (expected about 0). Try another seed than "
-            f"{seed}."
-        )
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
-    return model, tokenizer
 
 
 def load_or_pretrain(directory: str | Path, seed: int = 0, **options) -> Path:

@@ -53,7 +53,7 @@ class Student:
         """
         if said := disagreements(self.reader.processing_class, [{"prompt": prompt, "completion": text}]):
             raise ValueError(said[0])
-        return self.encoder.encode(text, prompt, "the answer").token_ids
+        return self.encoder.encode(text, {"prompt": prompt}, "the answer").token_ids
 
     def logps(self, prompt: Prompt, ids: list[int]) -> list[float]:
         return completion_logps(self._model, prompt_ids_of(self.reader, prompt), ids)

@@ -1,0 +1,31 @@
+"""What the benchmarks compare: TRL's trainer, and ours with the fields of its config that leave work out.
+
+A configuration is a line here, and a choice of `--configurations` in every benchmark of the update phase.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """
+    Attributes:
+        options: fields of LuffyConfig; None: TRL's GRPOTrainer.
+        budget: whether `tokens_per_micro_batch` is set, to the workload's.
+        attention: on a GPU. On a CPU it is `sdpa`, the only one of these that it has, or `flex_attention`.
+    """
+
+    options: dict[str, Any] | None
+    budget: bool = False
+    attention: str = "flash_attention_2"
+
+
+CONFIGURATIONS = {
+    "TRL": Configuration(None),
+    "trimmed": Configuration({"packed_forward": False}),
+    "packed": Configuration({"packed_forward": True}),
+    "budget": Configuration({"share_prompts": False}, budget=True),
+    "shared prompts": Configuration({"share_prompts": True}, budget=True, attention="sdpa"),
+    "shared prompts, flex": Configuration({"share_prompts": True}, budget=True, attention="flex_attention"),
+}

@@ -1,0 +1,107 @@
+"""A tiny Qwen2.5-VL with a processor of its own, and squares in colours to look at; nothing is downloaded."""
+
+from datasets import Dataset, Features, Image, List, Value
+from PIL.Image import Image as Picture
+from PIL.Image import new
+from tokenizers import pre_tokenizers
+from transformers import (
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    set_seed,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (128, 128, 128)}
+# In pixels; a patch has 14 a side, and four of them are a token
+SIZES = ((28, 28), (28, 56), (56, 56), (56, 28))
+
+
+class ImageProcessor(Qwen2_5_VLProcessor):
+    """Qwen's without its reader of videos, which needs another package."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        tokens = [self.image_token, self.video_token]
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(tokens)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def build_processor() -> ImageProcessor:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    tokenizer.padding_side = "left"
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
+    return ImageProcessor(images, tokenizer, chat_template=TEMPLATE)
+
+
+def build_model(processor: ImageProcessor) -> Qwen2_5_VLForConditionalGeneration:
+    """Randomly initialised, of two layers for texts and two for images."""
+    tokenizer, convert = processor.tokenizer, processor.tokenizer.convert_tokens_to_ids
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
+        "fullatt_block_indexes": [1], "window_size": 28, "initializer_range": 0.2,
+    }  # fmt: skip
+    set_seed(0)
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_id=processor.image_token_id,
+            video_token_id=processor.video_token_id,
+            vision_start_token_id=convert("<|vision_start|>"),
+            vision_end_token_id=convert("<|vision_end|>"),
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def square(color: str, number: int = 0) -> Picture:
+    return new("RGB", SIZES[number % len(SIZES)], COLORS[color])
+
+
+def question(number: int) -> str:
+    return f"What color{'?' * (number + 1)}"
+
+
+def one_image(rows: int = 4) -> Dataset:
+    """A question about an image in a column of its own, with the color for a demonstration; each row has its own."""
+    colors = [list(COLORS)[i % len(COLORS)] for i in range(rows)]
+    columns = {
+        "prompt": [[{"role": "user", "content": question(i)}] for i in range(rows)],
+        "image": [square(color, i) for i, color in enumerate(colors)],
+        "completion": [[{"role": "assistant", "content": color}] for color in colors],
+    }
+    messages = List({"role": Value("string"), "content": Value("string")})
+    return Dataset.from_dict(columns, features=Features(prompt=messages, image=Image(), completion=messages))
+
+
+def several_images(rows: int = 4) -> Dataset:
+    """The same with one or two images a row, in their places among the parts of a message."""
+    plain = one_image(rows)
+    pictures = [[square(list(COLORS)[i % 4], i + j) for j in range(1 + i % 2)] for i in range(rows)]
+    image = {"type": "image", "text": None}
+    contents = [[*[image] * len(images), {"type": "text", "text": question(i)}] for i, images in enumerate(pictures)]
+    message = {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+    prompts = [[{"role": "user", "content": content}] for content in contents]
+    columns = {"prompt": prompts, "images": pictures, "completion": plain["completion"]}
+    features = Features(prompt=List(message), images=List(Image()), completion=plain.features["completion"])
+    return Dataset.from_dict(columns, features=features)
