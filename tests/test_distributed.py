@@ -41,6 +41,12 @@ OPTIONS = {
     "trajectories": {"rows": 16, "acts": True, "beta": 0.1},
     # one or two images a row, which stay with their rows
     "images": {"rows": 4, "gradient_accumulation_steps": 4, "images": True},
+    "rows without an advantage left out": {
+        "rows": 4,
+        "gradient_accumulation_steps": 4,
+        "loss_type": "grpo",
+        "skip_zero_advantages": True,
+    },
     # processes have rows of other lengths, and other numbers of rows that have an advantage
     "a budget of tokens": {
         "rows": 4,
@@ -125,6 +131,7 @@ def fsdp2_on_cpu(tmp_path) -> Path:
         ("fsdp2", "micro-batches of two rows"),
         ("zero3", "one micro-batch"),
         ("zero3", "micro-batches of two rows"),
+        ("ddp", "rows without an advantage left out"),
         ("ddp", "a budget of tokens"),
         ("fsdp2", "a budget of tokens"),
         ("zero3", "a budget of tokens"),

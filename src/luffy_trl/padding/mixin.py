@@ -37,7 +37,7 @@ class PaddingFreeMixin(ScoringMixin):
     - `_prepare_inputs`: orders the rows of each optimizer step by length, and trims the micro-batches; or, with
       `tokens_per_micro_batch`, deals them into others;
     - `training_step`: with `tokens_per_micro_batch`, runs those, all of them where TRL runs the step's last one;
-    - `compute_loss`: a row of theirs counts as much as in TRL's.
+    - `compute_loss`: a row of theirs counts as much as in TRL's; processes may have other numbers of rows.
 
     No row leaves its optimizer step, and each process runs as many forward passes as the others.
 
@@ -115,6 +115,8 @@ class PaddingFreeMixin(ScoringMixin):
         ordered = order_by_length([batches[i] for i in step])
         if self.args.skip_zero_advantages:  # after the order: its advantages are those of a micro-batch's size
             ordered = drop_zero_advantages(ordered, rows_count=self.loss_type not in LOSSES_OVER_TOKENS)
+            most = self._largest([len(batch["advantages"]) for batch in ordered])
+            ordered = [batch | {"most_rows": rows} for batch, rows in zip(ordered, most, strict=True)]
         return ordered
 
     # Micro-batches by a budget of tokens
@@ -194,14 +196,12 @@ class PaddingFreeMixin(ScoringMixin):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = partial(super().compute_loss, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        if not isinstance(inputs, Due):
-            return loss(model, inputs)
-        [batch] = inputs
-        if "share" not in batch:  # with images: TRL's own
+        [batch] = inputs if isinstance(inputs, Due) else [inputs]
+        if "most_rows" not in batch:  # TRL's own
             return loss(model, batch)
         steps = self.current_gradient_accumulation_steps
         with self._gathering_as_many_rows(len(batch["advantages"]), batch["most_rows"]):
-            self.current_gradient_accumulation_steps = steps / batch["share"]
+            self.current_gradient_accumulation_steps = steps / batch.get("share", 1)
             try:
                 return loss(model, batch)
             finally:
