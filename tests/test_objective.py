@@ -178,7 +178,7 @@ def test_what_tools_wrote_stays_hidden_and_harmless_in_rollouts_and_demonstratio
         "advantages": torch.tensor([1.0, -2.0]),
         "ref_per_token_logps": torch.full((2, 3), 0.0),  # of a row that was not scored: e^(0 - logp) overflows
     }
-    shown = hide_demonstrations(batch, torch.ones(2, 1), torch.ones(2, 1))
+    shown = hide_demonstrations(batch, torch.ones(2, 1))
     assert shown["tool_mask"].tolist() == [[1, 0, 1], [0, 0, 1]]
     assert shown["ref_per_token_logps"].tolist() == [[0.0, -1e4, 0.0], [-1e4, -1e4, 0.0]]
     assert counted(batch).tolist() == [[True, False, True], [True, False, False]]
