@@ -249,10 +249,10 @@ class LuffyTrainer(
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         sample = super()._generate_single_turn
-        if self._generation is None or self._acts:  # evaluation; the turns behind a tool's answer
+        if self._generation is None:
             return sample(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
         with self._stopwatch("generation"):
-            if self.num_demonstrations == 0:
+            if self.num_demonstrations == 0 or self._acts:  # behind a tool's answer each row is a rollout
                 return sample(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
             placement = self._generation.placement
             to_sample = placement.rows_to_sample()

@@ -1,6 +1,7 @@
 """TrajectoriesMixin: a GRPOTrainer in whose groups some rows have acted already, with tools or without."""
 
 import asyncio
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -129,14 +130,15 @@ class TrajectoriesMixin(GRPOTrainer):
         finally:
             self._acts = False
 
-    def _generate_single_turn(self, prompt_ids, *others, **options):
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        sample, own = super()._generate_single_turn, len(prompt_ids)
         if not self._acts:
-            return super()._generate_single_turn(prompt_ids, *others, **options)
-        most = max(gather_object([len(prompt_ids)]))
-        # vLLM's server hands each process as many answers
-        asked = prompt_ids + prompt_ids[-1:] * (most - len(prompt_ids)) if self.use_vllm else prompt_ids
-        sampled, logps = super()._generate_single_turn(asked, *others, **options)
-        own = len(prompt_ids)
+            return sample(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
+        most = max(gather_object([own]))
+        if self.use_vllm:  # its server hands each process as many answers
+            prompt_ids = prompt_ids + prompt_ids[-1:] * (most - own)
+            images = images and images + images[-1:] * (most - own)
+        sampled, logps = sample(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
         return sampled[:own], logps if logps is None else logps[:own]
 
     def _repeat_calls(self, generation: Generation) -> None:
@@ -147,6 +149,7 @@ class TrajectoriesMixin(GRPOTrainer):
                 function = self._sync_tool_dicts[row].get(name) or self._async_tool_dicts[row].get(name)
                 if function is None:
                     logger.warning_once(f"A demonstration calls {name}, which its environment does not have.")
+                if not inspect.ismethod(function):  # one of `tools`, which is nobody's state
                     continue
                 try:
                     self._called(function, call["arguments"])

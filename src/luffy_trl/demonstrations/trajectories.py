@@ -160,7 +160,7 @@ def checked_messages(value: list[ChatMessage], where: str) -> list[ChatMessage]:
         if role not in (("assistant",) if is_last else ("assistant", *BETWEEN)) or role == following == "assistant":
             raise ValueError(
                 f"{where} is a list with roles {roles}; expected a str, a list with exactly one assistant message, or "
-                "a trajectory: assistant messages, with tool or user messages after each but the last. ChatMessage "
+                "a trajectory: assistant messages, with tool or user messages after each but the last. Message "
                 f"{number} breaks that. The messages before the first go in `prompt`."
             )
     return [_checked_message(message, f"{where}, message {number}") for number, message in enumerate(value)]

@@ -94,7 +94,7 @@ class Links:
         Args:
             letter: the letter to follow.
         """
-        return self.links[LETTERS.index(letter)] if letter in LETTERS and letter else UNKNOWN
+        return self.links[LETTERS.index(letter)] if len(letter) == 1 and letter in LETTERS else UNKNOWN
 
 
 def sample_chain(rng: random.Random) -> Chain:
