@@ -23,7 +23,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from .rendering import Tools, brief, end_of_turn, rendered_prompt, without_repeated_opening
-from .trajectories import ChatMessage, Span, TrajectoryEncoder, is_trajectory
+from .trajectories import ChatMessage, ContextSpan, TrajectoryEncoder, is_trajectory
 
 
 SOURCE_COLUMNS = ("completion", "demonstrations", "completion_logps")
@@ -65,7 +65,7 @@ class Demonstration:
     token_ids: list[int]
     logps: list[float] | None = None
     continued: bool = False
-    context: Sequence[Span] = ()
+    context: Sequence[ContextSpan] = ()
     messages: Sequence[ChatMessage] = ()
 
     def prefix(self, ratio: float) -> "Demonstration | None":

@@ -20,7 +20,7 @@ from .rendering import brief, rendered_prompt, without_nones
 
 
 ChatMessage = dict[str, Any]
-Span = tuple[int, int]  # of tokens: from, to before
+ContextSpan = tuple[int, int]  # of tokens: from, to before
 
 BETWEEN = ("tool", "user")  # roles, beside the assistant's
 QUOTED = 40  # characters of a text in messages
@@ -51,7 +51,7 @@ class TrajectoryEncoder:
 
     def __call__(
         self, value: list[ChatMessage], prompt: Any, chat_template_kwargs: dict[str, Any], where: str
-    ) -> tuple[list[int], list[Span], list[ChatMessage]]:
+    ) -> tuple[list[int], list[ContextSpan], list[ChatMessage]]:
         """Token ids, which of them are not the policy's, and the messages as reward functions get them.
 
         Raises:
@@ -69,7 +69,7 @@ class TrajectoryEncoder:
                 raise
             pieces = list(self._pieces(messages, prompt, options, where))
         ids: list[int] = []
-        context: list[Span] = []
+        context: list[ContextSpan] = []
         tokenized = self.tokenizer([text for text, _ in pieces], add_special_tokens=False)["input_ids"]
         for (_, is_own), piece in zip(pieces, tokenized, strict=True):
             if not is_own:
