@@ -962,7 +962,7 @@ def test_vllm_is_asked_for_rollouts_only(make_trainer, walks):
 def test_all_processes_ask_for_as_many_rows(make_trainer, monkeypatch):
     trainer = make_trainer()
     monkeypatch.setattr(
-        "luffy_trl.padding.mixin.gather_object", lambda counts: [*counts, 5]
+        "luffy_trl.padding.scoring.gather_object", lambda counts: [*counts, 5]
     )  # another process has five
     assert trainer._as_many_everywhere([0, 2, 3]) == [0, 2, 3, 3, 3]
     assert trainer._as_many_everywhere([0, 1, 2, 3, 4]) == [0, 1, 2, 3, 4]
