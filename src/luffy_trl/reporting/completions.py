@@ -164,7 +164,8 @@ def _completion(row: dict[str, Any]) -> Completion:
         for name, reward in row.items()
         if name not in OTHER_COLUMNS and (reward is None or isinstance(reward, int | float))
     }
-    is_trajectory = isinstance(value, list) and (len(value) > 1 or any(map(_calls, value)))
+    messages = [message for message in value if isinstance(message, dict)] if isinstance(value, list) else []
+    is_trajectory = len(messages) > 1 or any(map(_calls, messages))
     text = "".join(map(message_text, value)) if isinstance(value, list) and not is_trajectory else prompt_text(value)
     advantage, demonstration = _number(row.get("advantage")), bool(row.get("demonstration"))
     return Completion(text, rewards, advantage, demonstration, is_trajectory=is_trajectory)
