@@ -240,6 +240,11 @@ class Results:
         return round(steps * cost["luffy"] / cost[LONG[job.method]])
 
 
+def report(args: argparse.Namespace) -> None:
+    missing = [job.name for job in jobs(tuple(args.seeds)) if not Results(args.output).has(job)]
+    write_report(json.loads(args.output.read_text()), args.docs, args.readme, missing)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -253,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="no runs: tables and figure from what there is")
     args = parser.parse_args(argv)
     if args.report:
-        return write_report(json.loads(args.output.read_text()), args.docs, args.readme)
+        return report(args)
     os.environ.setdefault("OMP_NUM_THREADS", "1" if args.workers > 1 else str(os.cpu_count()))
     unknown = {*METHODS, *LONG.values(), *MORE_METHODS} - set(known_methods())
     assert not unknown, unknown
@@ -274,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
             for number, future in enumerate(as_completed(futures), start=1):
                 took = time.monotonic() - start
                 print(f"{took:7.0f} s  {number:>3} of {len(part)}  {future.result()}", flush=True)
-    write_report(json.loads(args.output.read_text()), args.docs, args.readme)
+    report(args)
 
 
 if __name__ == "__main__":

@@ -121,12 +121,20 @@ def draw(runs: list[Result], path: Path) -> None:
     plt.close(figure)
 
 
-def write_report(results: dict[str, Any], docs: Path, readme: Path) -> None:
+def write_report(results: dict[str, Any], docs: Path, readme: Path, missing: list[str]) -> None:
+    """The README's table comes when there is something to compare.
+
+    Args:
+        missing: names of runs that are not in the results.
+    """
     runs, versions = results["runs"], results["versions"]
     told = "; ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "trl"))
     parts = [f"Measured on {results['device']}; {told}.", "Rates, by right sampled answers of seed 7:", trials(runs)]
     for regime, title in REGIMES.items():
         parts += [f"**{title} base**:", table(runs, regime)]
+    if missing:
+        parts.append(f"**Not measured yet**: {len(missing)} of {len(missing) + len(runs)} runs.")
     insert(docs / "learning.md", "\n\n".join(parts), WRITER)
-    insert(readme, short_table(runs), WRITER)
-    draw(runs, docs / "learning_lm.png")
+    if all(len(measured(runs, regime)) > 1 for regime in REGIMES):
+        insert(readme, short_table(runs), WRITER)
+        draw(runs, docs / "learning_lm.png")

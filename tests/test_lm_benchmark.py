@@ -68,11 +68,9 @@ def test_the_tables_of_a_real_model_are_means_over_its_seeds():
     assert short_table(runs).splitlines()[-1] == "| LUFFY | 38 ± 18 | 19 ± 9 | 25 ± 0 | 0 | 0 | 600 ± 0 |"
 
 
-def test_pages_show_what_the_results_of_a_real_model_say(tmp_path):
-    from lm_report import write_report
-
+def test_pages_show_what_the_results_of_a_real_model_say(lm, tmp_path):
     docs, readme = copies(tmp_path, "learning.md")
-    write_report(json.loads((RESULTS / "learning_lm.json").read_text()), docs, readme)
+    lm.main(["--report", "--docs", str(docs), "--readme", str(readme)])
     assert (docs / "learning.md").read_text() == (ROOT / "docs" / "learning.md").read_text()
     assert readme.read_text() == (ROOT / "README.md").read_text()
 

@@ -418,9 +418,9 @@ def unused_columns(dataset: Dataset) -> list[str]:
 
 COLD_START = (
     "No rollout has been right for a while, and the rollouts' advantages push down harder than the demonstrations' "
-    "pull up (groups/push_to_pull): a policy of some entropy forgets what it knows before it learns. Set "
-    "advantage_baseline: on_policy, which pushes nothing down where all rollouts are wrong, or begin with luffy-trl "
-    'sft. See docs/method.md, "A cold start".'
+    "pull up (groups/push_to_pull): a policy of some entropy forgets what it knows before it learns. Set shaping: log "
+    "and advantage_baseline: on_policy, which pull improbable tokens up and push nothing down where all rollouts are "
+    'wrong, or begin with luffy-trl sft. See docs/method.md, "A cold start".'
 )
 
 

@@ -93,7 +93,8 @@ def _turn(message: Any) -> str:
     if not isinstance(message, dict):
         return message_text(message)
     name = f" {message['name']}" if message.get("role") == "tool" and message.get("name") else ""
-    return "\n".join([f"{message.get('role')}{name}: {message_text(message)}".rstrip(), *map(_call, _calls(message))])
+    calls, said = list(map(_call, _calls(message))), f"{message.get('role')}{name}: {message_text(message)}"
+    return "\n".join([said.rstrip(), *calls]) if calls else said
 
 
 def _calls(message: Any) -> list[Any]:
