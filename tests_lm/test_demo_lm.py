@@ -23,6 +23,7 @@ def test_the_model_speaks_and_does_not_know_sums(tmp_path):
 
 
 def test_ctrl_c_ends_it_with_a_sentence(tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by jobs in the background, and their children
     command = [sys.executable, "-m", "luffy_trl", "demo", "--model", "smollm2", "--output_dir", str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
