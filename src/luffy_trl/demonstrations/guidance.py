@@ -202,11 +202,11 @@ class Guidance:
         return latest if self.rate is None else kept * self.rate + (1 - kept) * latest
 
     def save(self, checkpoint: Path) -> None:
-        """Write what is needed to go on, on one process."""
-        if self.rate is not None:
+        """Write what is needed to go on, on one process: nothing where the weight does not follow success."""
+        if self.rate is not None and self.args.demonstration_weight_schedule == "success":
             (checkpoint / SUCCESS_FILE).write_text(json.dumps({"rate": self.rate}))
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint; from one without a rate, which earlier versions wrote, as at the start."""
+        """Go on from a checkpoint; from one without a rate, where the weight did not follow it, as at the start."""
         path = checkpoint / SUCCESS_FILE
         self.rate = json.loads(path.read_text())["rate"] if path.is_file() else None

@@ -18,7 +18,8 @@ LEFT_OUT = ("_*", "*/_*", ".*", "*/.*", "checkpoint-*", f"{COMPLETIONS}/*", "*tr
 # The state of a training run, which only a resume needs
 STATES = (
     "optimizer*", "scheduler*", "scaler*", "rng_state*", "*.pt", "*.pth", "global_step*", "latest", "zero_to_fp32.py",
-    "pytorch_model_fsdp*", "trainer_state.json", "entropy_ctrl_state.json", "replay-*", MANIFEST,
+    "pytorch_model_fsdp*", "trainer_state.json", "entropy_ctrl_state.json", "replay-*", "success_rate.json",
+    MANIFEST,
 )  # fmt: skip
 # Weights of a model at the top of a repository: replaced together, or an adapter and a merged model would mix
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*")
