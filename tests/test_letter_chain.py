@@ -86,7 +86,7 @@ def test_the_dataset_is_in_the_data_contract():
 @pytest.mark.slow
 def test_grpo_stays_at_zero_and_luffy_learns_from_trajectories(tmp_path):
     (tmp_path / "learning.md").write_text(
-        "<!-- measured: written by benchmarks/tool_learning.py -->\n<!-- end of measured tools -->\n"
+        "<!-- measured: written by benchmarks/tool_learning.py -->\n<!-- end of measured -->\n"
     )
     command = [sys.executable, BENCHMARKS / "tool_learning.py", "--seeds", 0, "--steps", 15, "--workers", 1]
     for flag, path in [("--output", "r.json"), ("--log", "runs.jsonl"), ("--bases", "bases"), ("--docs", ".")]:
