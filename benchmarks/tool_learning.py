@@ -21,12 +21,13 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: two processes beat one with two threads
 
-from learning import quiet, read_runs, rounded
+from learning import METHODS, quiet, read_runs, rounded
 from learning_report import cell, insert, steps_to
 from transformers import AutoTokenizer, PrinterCallback
 
 from luffy_trl import LuffyConfig, LuffyTrainer
-from luffy_trl.commands.comparison import GROUP_SIZE, METHODS, PROMPTS_PER_STEP
+from luffy_trl.commands.comparison import GROUP_SIZE, PROMPTS_PER_STEP
+from luffy_trl.comparing.methods import known_methods
 from luffy_trl.tasks.letter_chain import (
     MAX_TRAJECTORY_LENGTH,
     Links,
@@ -47,6 +48,7 @@ def execute(method: str, seed: int, steps: int, bases: Path) -> dict[str, Any]:
     if not (base / "tokenizer_config.json").exists():  # written last
         pretrain_chain(base, seed)
     chains = split_chains(seed=seed)
+    [stage] = known_methods()[METHODS[method]].stages
     start = time.process_time()
     with tempfile.TemporaryDirectory() as directory:
         trainer = LuffyTrainer(
@@ -68,7 +70,7 @@ def execute(method: str, seed: int, steps: int, bases: Path) -> dict[str, Any]:
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
-                **METHODS[method],
+                **stage.fields,
             ),
             train_dataset=chains_to_dataset(chains["train"]),
             processing_class=AutoTokenizer.from_pretrained(base),
