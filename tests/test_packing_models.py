@@ -249,7 +249,9 @@ def test_the_verdict_on_text_for_a_model_of_images(make):
 
 
 def test_the_refusal_names_model_attention_and_difference(make):
-    with pytest.raises(ValueError, match=r"True cannot be used.*\(lfm2, 'sdpa' attention\).*by up to \d.*are padded"):
+    # newer Transformers refuse by themselves, without a kernel
+    said = r"True cannot be used.*\(lfm2, 'sdpa' attention\).*(by up to \d|refuses packed rows: ).*are padded"
+    with pytest.raises(ValueError, match=said):
         make(make_model("lfm2"), packed_forward=True)
 
 
