@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "update_phase_flops.json"
 # What layers compute, and where they are computed again, is Transformers': 5.24 counts otherwise
 pytestmark = pytest.mark.skipif(
-    transformers.__version__ not in (made := json.loads(RESULTS.read_text())["versions"]["transformers"]),
+    transformers.__version__ != (made := json.loads(RESULTS.read_text())["versions"]["transformers"]),
     reason=f"update_phase_flops.json was counted with Transformers {made}, this is {transformers.__version__}",
 )
 FIELDS = {
