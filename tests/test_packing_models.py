@@ -249,10 +249,9 @@ def test_the_verdict_on_text_for_a_model_of_images(make):
 
 
 def test_the_refusal_names_model_attention_and_difference(make):
-    # newer Transformers refuse by themselves, without a kernel
-    said = r"True cannot be used.*\(lfm2, 'sdpa' attention\).*(by up to \d|refuses packed rows: ).*are padded"
-    with pytest.raises(ValueError, match=said):
-        make(make_model("lfm2"), packed_forward=True)
+    # which newer Transformers do not refuse by themselves
+    with pytest.raises(ValueError, match=r"True cannot be used.*\(jamba, 'sdpa' attention\).*by up to \d.*are padded"):
+        make(make_model("jamba"), packed_forward=True)
 
 
 def test_what_a_model_says_of_packed_rows_is_passed_on(make, monkeypatch):
