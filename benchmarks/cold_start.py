@@ -13,11 +13,10 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 
@@ -26,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: two processes beat
 import matplotlib
 from learning import quiet, rounded
 from learning_report import insert
+from lm_report import cell
 from transformers import AutoTokenizer
 
 from luffy_trl.commands.comparison import make_trainer
@@ -175,20 +175,17 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
         own = [run for run in runs if run["remedy"] == remedy and not run["chooses_rate"]]
         if not own:
             continue
-        half = [at_half(run["curves"]) for run in own]
+        half, end = ([100 * share(run) for run in own] for share in (at_half, lambda run: run["accuracy"]))
         push = [run["push_to_pull"] for run in own if run["push_to_pull"] is not None]
         told = f"{fmean(push):.1f}" if push else "-"
-        cells = (remedy, percent(half), percent([run["accuracy"] for run in own]), told, f"{rate:g}")
+        cells = (remedy, cell(half, ".0f"), cell(end, ".0f"), told, f"{rate:g}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def at_half(curves: Mapping[str, list[float]]) -> float:
+def at_half(run: dict[str, Any]) -> float:
+    curves = run["curves"]
     return next(v for step, v in zip(curves["step"], curves["reward"], strict=True) if 2 * step >= curves["step"][-1])
-
-
-def percent(values: list[float]) -> str:
-    return f"{100 * fmean(values):.0f}" + (f" ± {100 * stdev(values):.0f}" if len(values) > 1 else "")
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:

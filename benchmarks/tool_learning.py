@@ -23,10 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: two processes beat
 
 from learning import METHODS, quiet, read_runs, rounded
 from learning_report import cell, insert, steps_to
-from transformers import AutoTokenizer, PrinterCallback
 
-from luffy_trl import LuffyConfig, LuffyTrainer
-from luffy_trl.commands.comparison import GROUP_SIZE, PROMPTS_PER_STEP
+from luffy_trl.commands.comparison import make_trainer
 from luffy_trl.comparing.methods import known_methods
 from luffy_trl.tasks.letter_chain import (
     MAX_TRAJECTORY_LENGTH,
@@ -51,32 +49,10 @@ def execute(method: str, seed: int, steps: int, bases: Path) -> dict[str, Any]:
     [stage] = known_methods()[METHODS[method]].stages
     start = time.process_time()
     with tempfile.TemporaryDirectory() as directory:
-        trainer = LuffyTrainer(
-            str(base),
-            letter_chain_reward,
-            LuffyConfig(
-                output_dir=directory,
-                num_generations=GROUP_SIZE,
-                per_device_train_batch_size=PROMPTS_PER_STEP * GROUP_SIZE,
-                max_completion_length=MAX_TRAJECTORY_LENGTH,
-                max_steps=steps,
-                learning_rate=LEARNING_RATE,
-                lr_scheduler_type="constant",
-                logging_steps=1,
-                seed=seed,
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                **stage.fields,
-            ),
-            train_dataset=chains_to_dataset(chains["train"]),
-            processing_class=AutoTokenizer.from_pretrained(base),
-            environment_factory=Links,
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = make_trainer(
+            stage, base, chains_to_dataset(chains["train"]), directory, seed, steps, LEARNING_RATE, [],
+            MAX_TRAJECTORY_LENGTH, letter_chain_reward, Links, logging_steps=1,
+        )  # fmt: skip
         trainer.train()
     seconds = time.process_time() - start
     log = [line for line in trainer.state.log_history if "on_policy/reward" in line]

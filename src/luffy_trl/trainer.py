@@ -206,11 +206,11 @@ class LuffyTrainer(
 
         mask = output["completion_mask"].bool()  # (B, T)
         lengths = demonstration_lengths(placed, mask.device)  # (B,)
-        # Of a row with a prefix the rest is the policy's, but it is no rollout of the prompt alone
         trained = counted(output)  # (B, T)
         off_policy = off_policy_mask(lengths, trained)  # (B, T)
         facts = torch.stack([lengths, mask.sum(1), off_policy.sum(1), trained.sum(1)], dim=1)  # (B, 4)
         given, written, off_tokens, tokens = self.accelerator.gather(facts).unbind(1)  # (N,), of all processes
+        # Of a row with a prefix the rest is the policy's, but it is no rollout of the prompt alone
         has_demonstration, is_continued = given > 0, given < written
         per_func = generation.rewards_per_func  # (N, F)
         rewards = total_rewards(per_func, self.reward_weights)  # (N,)

@@ -31,6 +31,7 @@ def make_trainer(
     callbacks: list[TrainerCallback],
     max_completion_length: int,
     reward: Callable = letter_walk_reward,
+    environment_factory: Callable | None = None,
     **flags: Any,
 ) -> LuffyTrainer | SFTTrainer:
     """A trainer of the stage on the CPU, quiet, with a constant learning rate; `flags` are more of its fields.
@@ -73,6 +74,7 @@ def make_trainer(
             train_dataset=train_dataset,
             processing_class=tokenizer,
             callbacks=callbacks,
+            environment_factory=environment_factory,
         )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -19,9 +19,9 @@ from itertools import islice
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers import PreTrainedTokenizerBase
 
-from .letter_walk import AT_ONCE, EOS_TOKEN, LETTERS, PAD_TOKEN, STEP_BY_STEP
+from .letter_walk import AT_ONCE, EOS_TOKEN, LETTERS, STEP_BY_STEP, character_tokenizer
 
 
 END = "."  # what the tool answers of the last letter
@@ -133,16 +133,7 @@ def letter_chain_reward(completions: list[list[dict[str, Any]]], solution: list[
 def build_chain_tokenizer() -> PreTrainedTokenizerBase:
     """A tokenizer whose tokens are characters, and the beginning of a call."""
     characters = [*LETTERS, *string.digits, "(", ")", "=", "#", OPENED, END, UNKNOWN, STEP_BY_STEP, AT_ONCE]
-    vocabulary = {token: i for i, token in enumerate([PAD_TOKEN, EOS_TOKEN, *characters])}
-    tokenizer = Qwen2Tokenizer(
-        vocab=vocabulary,
-        merges=[],
-        unk_token=PAD_TOKEN,
-        eos_token=EOS_TOKEN,
-        pad_token=PAD_TOKEN,
-        padding_side="left",
-        chat_template=CHAIN_TEMPLATE,
-    )
+    tokenizer = character_tokenizer(characters, CHAIN_TEMPLATE)
     tokenizer.add_tokens([CALL])
     tokenizer.response_template = RESPONSE_TEMPLATE
     return tokenizer

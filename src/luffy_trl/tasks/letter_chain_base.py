@@ -19,11 +19,10 @@ from .letter_chain import (
     sample_chain,
 )
 from .letter_walk import AT_ONCE, EOS_TOKEN, STEP_BY_STEP
-from .letter_walk_base import IGNORED, build_model, train_base
+from .letter_walk_base import IGNORED, build_model, keep_base, train_base
 
 
 CHAIN_STEPS = 450
-MIN_FOLLOWING_ACCURACY = 0.95
 FOLLOWING_SHARE = 0.6  # of the pretraining rows; the others stop early
 MAX_TURNS = 5
 
@@ -81,14 +80,7 @@ def pretrain_chain(
     problems = [sample_chain(rng) for _ in range(256)]
     following = chain_accuracy(model, tokenizer, problems, STEP_BY_STEP)
     at_once = chain_accuracy(model, tokenizer, problems)
-    if following < MIN_FOLLOWING_ACCURACY or at_once > 1 - MIN_FOLLOWING_ACCURACY:
-        raise RuntimeError(
-            f"Pretraining the base of the letter chain failed: accuracy {following:.3f} when it follows (expected at "
-            f"least {MIN_FOLLOWING_ACCURACY}) and {at_once:.3f} at once (expected about 0). Try another seed than "
-            f"{seed}."
-        )
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+    keep_base(model, tokenizer, output_dir, seed, "letter chain", "when it follows", following, at_once)
     return model, tokenizer
 
 

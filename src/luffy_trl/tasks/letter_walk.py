@@ -138,11 +138,15 @@ def letter_walk_reward(completions: list, solution: list[str], **kwargs) -> list
 
 
 def build_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer whose tokens are characters.
+    """A tokenizer whose tokens are characters."""
+    return character_tokenizer([*LETTERS, *string.digits, *"+-.:;#", STEP_BY_STEP, AT_ONCE], CHAT_TEMPLATE)
+
+
+def character_tokenizer(characters: list[str], chat_template: str) -> PreTrainedTokenizerBase:
+    """A tokenizer of these characters, with a padding and an EOS token before them.
 
     It is a Qwen2 tokenizer without merges, since `AutoTokenizer` makes one of any tokenizer beside a Qwen2 model.
     """
-    characters = [*LETTERS, *string.digits, *"+-.:;#", STEP_BY_STEP, AT_ONCE]
     vocabulary = {token: i for i, token in enumerate([PAD_TOKEN, EOS_TOKEN, *characters])}
     return Qwen2Tokenizer(
         vocab=vocabulary,
@@ -151,5 +155,5 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
         eos_token=EOS_TOKEN,
         pad_token=PAD_TOKEN,
         padding_side="left",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
