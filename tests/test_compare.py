@@ -20,6 +20,7 @@ from luffy_trl.comparing import ComparisonError
 from luffy_trl.comparing.methods import Stage, chosen, known_methods
 from luffy_trl.comparing.plan import Plan, PlannedRun
 from luffy_trl.comparing.results import Measured, chosen_rates, table
+from luffy_trl.config import LuffyConfig
 from luffy_trl.runs.budget import StopAtTokens, counted
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
@@ -58,6 +59,14 @@ def test_a_method_is_a_few_fields_over_the_recipe():
     assert luffy["seed"] == 3
     assert luffy["model_name_or_path"] == "base"
     assert recipes("luffy", rate=1e-4)[0]["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize("name", known_methods())
+def test_every_method_goes_over_a_recipe_that_leaves_rows_out(name, tmp_path):
+    for stage in known_methods()[name].stages:
+        if stage.command == "train":
+            fields = {"skip_zero_advantages": True, "use_cpu": True, "bf16": False, "output_dir": str(tmp_path)}
+            LuffyConfig(**fields | {"per_device_train_batch_size": 8} | dict(stage.fields))
 
 
 def test_sft_sees_a_demonstration_for_each_prompt_and_only_its_own_fields():

@@ -184,8 +184,8 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, GuidanceConfig, PaddingFr
             "help": "Order rows by length within each optimizer step and cut every micro-batch to its own longest "
             "row, where TRL pads all to the longest of a generation. Does not change a step's loss (except what is "
             "computed a micro-batch: 'bnpo', an entropy bonus, top_entropy_quantile < 1, a mixture of experts' "
-            "auxiliary loss). Default: on with demonstrations or tokens_per_micro_batch, off "
-            "without, so that num_demonstrations=0 is GRPO bit for bit."
+            "auxiliary loss). Default: on with demonstrations, tokens_per_micro_batch or "
+            "skip_zero_advantages, off without, so that num_demonstrations=0 is GRPO bit for bit."
         },
     )
 
@@ -193,7 +193,8 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, GuidanceConfig, PaddingFr
         self.given = given_fields(self)  # the recipe on the model card: before anything is derived
         self.given.pop("hub_token", None)
         if self.trim_padding is None:
-            self.trim_padding = self.num_demonstrations > 0 or self.tokens_per_micro_batch is not None
+            asked = self.tokens_per_micro_batch is not None or self.skip_zero_advantages
+            self.trim_padding = self.num_demonstrations > 0 or asked
         self._check_names()
         self._check_ranges()
         self._check_combinations()
