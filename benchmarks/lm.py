@@ -50,7 +50,7 @@ TESTS = {
     "reversal": f"{REVERSAL},size=1,test_size=64,seed=0",
 }
 # Other problems, for the warm base: of each task as many
-WARM_SEED, WARM_PROBLEMS, WARM_STEPS, WARM_RATE = 1000, 60, 15, 1e-4
+WARM_SEED, WARM_PROBLEMS, WARM_STEPS, WARM_RATE = 1000, 80, 20, 1e-4
 SEEDS, RATE_SEED = (0, 1), 7
 RATES = {"warm": (3e-5, 1e-5), "cold": (1e-4, 3e-5)}
 # Rates are chosen for these; the others take LUFFY's. (From the cold base GRPO has no gradient at any rate.)
@@ -152,13 +152,11 @@ def execute(job: Job, base: Path, directory: Path, rate: float | None, steps: in
     method = LONG.get(job.method, job.method)
     argv = ["compare", "--config", str(RECIPE), "--model_name_or_path", str(base), "--methods", method]
     argv += ["--seeds", str(job.seed), "--output_dir", str(output), "--max_steps", str(steps)]
-    argv += ["--eval_args", "--batch_size 64"]
+    argv += ["--eval_args", "--batch_size 64", "--answers", "sampled"]
     if rate is not None:
         argv += ["--learning_rate", f"{rate:g}"]
     if job.rate is None:
         argv += ["--test_sets", *(f"{name}={data}" for name, data in TESTS.items())]
-    else:
-        argv += ["--answers", "sampled"]
     output.mkdir(parents=True, exist_ok=True)
     with open(output / "bench.log", "a") as log:
         subprocess.run(

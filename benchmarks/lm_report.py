@@ -17,11 +17,8 @@ TESTS = {"held_out": "sums of three", "longer_sums": "sums of four", "reversal":
 REGIMES = {"warm": "Warm", "cold": "Cold"}
 COLUMNS: dict[str, Callable[[Result], float | None]] = {
     "sums of three, sampled": lambda run: 100 * run["accuracy"]["held_out"],
-    "greedy": lambda run: 100 * run["greedy"]["held_out"],
     "sums of four, sampled": lambda run: 100 * run["accuracy"]["longer_sums"],
-    "greedy ": lambda run: 100 * run["greedy"]["longer_sums"],
     "reversal, sampled": lambda run: 100 * run["accuracy"]["reversal"],
-    "greedy  ": lambda run: 100 * run["greedy"]["reversal"],
     "other text, nats": lambda run: run["text_nll"],
     "entropy": lambda run: run["entropy"],
     "tokens": lambda run: run["tokens"] or None,
@@ -70,10 +67,11 @@ def trials(runs: list[Result]) -> str:
     """The runs by which rates were chosen: right sampled answers in percent."""
     chosen = [run for run in runs if run["chooses_rate"]]
     rates = sorted({run["learning_rate"] for run in chosen})
-    lines = ["| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "| --- " * (len(rates) + 1) + "|"]
-    for method, own in grouped(chosen, lambda run: run["method"]).items():
+    lines = ["| method, base | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "| --- " * (len(rates) + 1) + "|"]
+    for (method, regime), own in grouped(chosen, lambda run: (run["method"], run["regime"])).items():
         shares = [[100 * run["accuracy"]["held_out"] for run in own if run["learning_rate"] == rate] for rate in rates]
-        lines.append(f"| {label_of(method)} | " + " | ".join(cell(list(values), ".0f") for values in shares) + " |")
+        cells = [cell(list(values), ".0f") for values in shares]
+        lines.append(f"| {label_of(method)}, {regime} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

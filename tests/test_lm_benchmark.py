@@ -26,7 +26,7 @@ def run(method: str, seed: int, sums: float, *, regime="warm", rate=3e-5, choose
     shares = {"held_out": sums, "longer_sums": sums / 2, "reversal": 0.25}
     return {
         "regime": regime, "method": method, "seed": seed, "chooses_rate": chooses_rate, "learning_rate": rate,
-        "accuracy": shares, "greedy": shares, "entropy": 0.5, "tokens": 20_000, "cpu_seconds": cpu_seconds,
+        "accuracy": shares, "entropy": 0.5, "tokens": 20_000, "cpu_seconds": cpu_seconds,
         "text_nll": 3.0,
     }  # fmt: skip
 
@@ -62,10 +62,17 @@ def test_the_tables_of_a_real_model_are_means_over_its_seeds():
     runs += [run("luffy", 7, 1.0, chooses_rate=True), run("luffy", 0, 0.0, regime="cold")]
     lines = table(runs, "warm").splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == ["| base", "| SFT", "| LUFFY"]
-    assert lines[2].startswith(
-        "| LUFFY | 2 | 3e-05 | 38 ± 18 | 38 ± 18 | 19 ± 9 | 19 ± 9 | 25 ± 0 | 25 ± 0 | 3.00 ± 0.00 |"
-    )
+    assert lines[2].startswith("| LUFFY | 2 | 3e-05 | 38 ± 18 | 19 ± 9 | 25 ± 0 | 3.00 ± 0.00 |")
     assert short_table(runs).splitlines()[-1] == "| LUFFY | 38 ± 18 | 19 ± 9 | 25 ± 0 | 0 | 0 | 600 ± 0 |"
+
+
+def test_rates_are_shown_for_each_base():
+    from lm_report import trials
+
+    runs = [run("luffy", 0, 0.9)]  # chooses none
+    for regime, rate, sums in (("warm", 1e-5, 0.25), ("warm", 3e-5, 0.5), ("cold", 3e-5, 0.125)):
+        runs.append(run("luffy", 7, sums, regime=regime, rate=rate, chooses_rate=True))
+    assert trials(runs).splitlines()[2:] == ["| LUFFY, warm | 25 | 50 |", "| LUFFY, cold | - | 12 |"]
 
 
 def test_pages_show_what_the_results_of_a_real_model_say(lm, tmp_path):

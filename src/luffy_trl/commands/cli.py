@@ -64,7 +64,7 @@ def underscored(argv: Sequence[str]) -> list[str]:
 
 
 # model: steps and output_dir, unless others are given
-DEMOS = {"letter_walk": (100, "outputs/demo"), "smollm2": (24, "outputs/demo-lm")}
+DEMOS = {"letter_walk": (100, "outputs/demo"), "smollm2": (60, "outputs/demo-lm")}
 
 
 def demo(argv: Sequence[str], prog: str) -> None:
@@ -76,7 +76,7 @@ def demo(argv: Sequence[str], prog: str) -> None:
     add("--model", choices=DEMOS, default="letter_walk", help="the embedded task's, a minute (default), or SmolLM2's "
         "135M parameters, some ten minutes")  # fmt: skip
     add("--seed", type=int, default=0, help="of the data, the runs and the embedded task's base (default: 0)")
-    add("--steps", type=int, help="optimizer steps of RL (default: 100; smollm2: 24)")
+    add("--steps", type=int, help="optimizer steps of RL (default: 100; smollm2: 60)")
     add("--output_dir", help="default: outputs/demo; smollm2: outputs/demo-lm")
     args = parser.parse_args(argv)
     default_steps, default_dir = DEMOS[args.model]
