@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +84,13 @@ class Job:
 
 
 def jobs(seeds: tuple[int, ...]) -> list[Job]:
-    """In the order in which they tell most: bases, rates, then the methods of the first seed."""
-    listed = [Job(regime, "base", 0) for regime in REGIMES]
-    listed += [
-        Job(regime, method, RATE_SEED, rate)
-        for regime in REGIMES
-        for method in TUNED[regime]
-        for rate in RATES[regime]
-    ]
-    for methods in (METHODS, tuple(LONG), MORE_METHODS):
-        listed += [Job(regime, method, seed) for seed in seeds for regime in REGIMES for method in methods]
-    return listed
+    """In the order in which they tell most: the warm base first, of each base the rates before what needs them."""
+    listed = []
+    for regime in REGIMES:
+        listed.append(Job(regime, "base", 0))
+        listed += [Job(regime, method, RATE_SEED, rate) for method in TUNED[regime] for rate in RATES[regime]]
+        listed += [Job(regime, method, seed) for seed in seeds for method in (*METHODS, *LONG)]
+    return listed + [Job(regime, method, seed) for regime in REGIMES for seed in seeds for method in MORE_METHODS]
 
 
 # Bases
@@ -266,8 +263,8 @@ def main(argv: list[str] | None = None) -> None:
         return job.name
 
     todo = [job for job in jobs(tuple(args.seeds)) if not results.has(job)]
-    trials = [job for job in todo if job.rate is not None or job.method == "base"]
-    for part in (trials, [job for job in todo if job not in trials]):  # rates are known before they are taken
+    for _, part in groupby(todo, lambda job: (job.regime, job.rate is None)):  # rates are known before they are taken
+        part = list(part)
         with ThreadPoolExecutor(args.workers) as pool:
             futures = [pool.submit(run, job) for job in part]
             for number, future in enumerate(as_completed(futures), start=1):
