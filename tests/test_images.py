@@ -266,8 +266,10 @@ def test_an_adapter_learns_from_images(make_vlm_trainer):
 
 
 def test_a_model_that_reads_no_images_and_prompts_without_a_place_for_them(make_trainer, make_vlm_trainer, walks):
-    with pytest.raises(ValueError, match=r"has a column 'image', and the model reads no images: it has a tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"The column 'image' holds images, and the model reads no images: it has a tok"
+    ):
         make_trainer(walks.add_column("image", [None] * len(walks)))
     plain = walks.add_column("images", [[]] * len(walks))
-    with pytest.raises(ValueError, match=r"has a column 'images', and its prompts are plain texts"):
+    with pytest.raises(ValueError, match=r"The column 'images' holds images, and the prompts are plain texts"):
         make_vlm_trainer(plain)

@@ -1,17 +1,30 @@
-"""A tiny Qwen2.5-VL with a processor of its own, and squares in colours to look at; nothing is downloaded."""
+"""Tiny Qwen2.5-VL and LLaVA, and squares in colours to look at; nothing is downloaded, and torchvision is not needed.
+
+Processors that read images alone, such as LLaVA's, do with Pillow. Those that read videos too, such as Qwen's, need
+torchvision for these: here one of its own leaves them out.
+"""
 
 from datasets import Dataset, Features, Image, List, Value
 from PIL.Image import Image as Picture
 from PIL.Image import new
 from tokenizers import pre_tokenizers
 from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
     ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
+    Qwen2Config,
     Qwen2Tokenizer,
     set_seed,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 
@@ -34,6 +47,13 @@ class ImageProcessor(Qwen2_5_VLProcessor):
         tokens = [self.image_token, self.video_token]
         self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(tokens)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+class _Named(PreTrainedConfig):
+    """Of no model: processors are found by the name in their own files, among those that have one."""
+
+
+AutoProcessor.register(_Named, ImageProcessor)
 
 
 def build_processor() -> ImageProcessor:
@@ -72,6 +92,35 @@ def build_model(processor: ImageProcessor) -> Qwen2_5_VLForConditionalGeneration
             tie_word_embeddings=False,
         )
     )
+
+
+def build_llava() -> tuple[LlavaProcessor, PreTrainedModel]:
+    """Images of 28 pixels a side in four patches, whatever they were."""
+    tokenizer = build_processor().tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE.replace(image, "<image>"),
+    )
+    text = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14,
+        projection_dim=32, initializer_range=0.2,
+    )  # fmt: skip
+    set_seed(0)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>")
+    )
+    return processor, LlavaForConditionalGeneration(config)
 
 
 def square(color: str, number: int = 0) -> Picture:

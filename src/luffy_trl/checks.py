@@ -184,32 +184,12 @@ def check_against_model(
     messages = []
     for name, dataset in named_datasets(arguments).items():
         if "prompt" in column_names(dataset):
-            _check_images_are_read(name, dataset, processing_class)
             rows = dataset if isinstance(dataset, Dataset) else first_rows(dataset, LOOKED_AT, f"`{name}`")
             of = "" if name == "train_dataset" else f" of `{name}`"
             messages += check_prompts(reader, rows, of, args.max_completion_length)
             if eos_token_ids is not None and name == "train_dataset" and isinstance(rows[0]["prompt"], list):
                 messages += turn_endings(processing_class, eos_token_ids, args.chat_template_kwargs)
     return messages
-
-
-def _check_images_are_read(
-    name: str, dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase | ProcessorMixin
-) -> None:
-    images = [column for column in column_names(dataset) if column in IMAGE_COLUMNS]
-    if not images:
-        return
-    where = f"`{name}` has a column {images[0]!r}, and"
-    if not isinstance(processing_class, ProcessorMixin):
-        raise ValueError(
-            f"{where} the model reads no images: it has a tokenizer and no processor. Take a vision-language model, "
-            "or remove the column."
-        )
-    if isinstance(first_rows(dataset, 1, f"`{name}`")[0]["prompt"], str):
-        raise ValueError(
-            f"{where} its prompts are plain texts, in which images have no place. Make `prompt` a list of messages, "
-            "such as [{'role': 'user', 'content': ...}]."
-        )
 
 
 def check_eos(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,6 +19,18 @@ def images_of(row: Row) -> list[Any] | None:
     return row.get("images") or ([row["image"]] if row.get("image") is not None else None)
 
 
+def with_images(row: Row) -> list[dict[str, Any]]:
+    """The messages of a prompt in parts, as TRL shows them to the model: its images in their places."""
+    return prepare_multimodal_messages(row["prompt"], images_of(row))
+
+
+def images_in(messages: Any) -> list[Any]:
+    """The images among the parts of messages, in their order; there are none in a text."""
+    contents = [message.get("content") for message in messages] if isinstance(messages, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part.get("image") for part in parts if isinstance(part, dict) and part.get("type") == "image"]
+
+
 def requests(
     placement: Placement,
     asked: Sequence[int],
@@ -43,7 +55,7 @@ def requests(
     if not fields:
         return ids, None, {}
     rows = [placement.rows[i] for i in asked]
-    _, images, own = tokenize([prepare_multimodal_messages(row["prompt"], images_of(row)) for row in rows])
+    _, images, own = tokenize([with_images(row) for row in rows])
     if images is not None and None in images:
         prompt = rows[images.index(None)]["prompt"]
         raise ValueError(
