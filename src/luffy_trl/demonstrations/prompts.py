@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from .encoding import SOURCE_COLUMNS
-from .images import IMAGE_COLUMNS, images_in, images_of
-from .rendering import brief, rendered_prompt, tools_of
+from .images import IMAGE_COLUMNS, images_of
+from .rendering import brief, images_in, rendered_prompt, tools_of
 
 
 # Positions beyond the window are an index error in these, and no extrapolation

@@ -17,8 +17,9 @@ from transformers.image_utils import load_image
 from ..data.contract import with_system
 from ..data.files import ending
 from ..demonstrations.encoding import without_demonstrations
-from ..demonstrations.images import IMAGE_COLUMNS, images_in, images_of, with_images
+from ..demonstrations.images import IMAGE_COLUMNS, images_of, with_images
 from ..demonstrations.prompts import Reader, check_prompts
+from ..demonstrations.rendering import images_in
 from . import EvaluationError, tables
 from .backends import Request
 from .catalog import generation_arguments
