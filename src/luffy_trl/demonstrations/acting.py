@@ -91,7 +91,8 @@ class TrajectoriesMixin(GRPOTrainer):
             tools = tools_of(row, f"Row {number} of a generation")
             with self._rendering_with(tools or []):
                 [ids], images, fields = super()._tokenize_prompts([prompt])
-            assert not images  # refused before training
+            if images:  # of a stream; of a table they are refused before training
+                raise ValueError("The column `tools` cannot be combined with images. Leave one of them out.")
             prompt_ids.append(ids)
             for name, values in fields.items():  # a value a token
                 merged.setdefault(name, []).extend(values)
