@@ -86,7 +86,8 @@ def rendered_prompt(
 
 def images_in(messages: Any) -> list[Any]:
     """The images among the parts of messages, in their order; there are none in a text."""
-    contents = [message.get("content") for message in messages] if isinstance(messages, list) else []
+    said = [message for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
+    contents = [message.get("content") for message in said]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return [part.get("image") for part in parts if isinstance(part, dict) and part.get("type") == "image"]
 
