@@ -33,11 +33,15 @@ def chain_rows(guided: list[bool]) -> Dataset:
     return Dataset.from_list(rows, on_mixed_types="use_json")
 
 
-def save_acting_model(directory: Path) -> Path:
+def save_acting_model(directory: Path, **options) -> Path:
+    """
+    Args:
+        options: of its configuration.
+    """
     from .conftest import save_tiny_qwen2
 
     tokenizer = build_chain_tokenizer()
-    save_tiny_qwen2(directory, tokenizer, max_position_embeddings=128, initializer_range=0.1)
+    save_tiny_qwen2(directory, tokenizer, max_position_embeddings=128, initializer_range=0.1, **options)
     model, ids = Qwen2ForCausalLM.from_pretrained(directory), tokenizer.get_vocab()
     rng, optimizer = random.Random(0), torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(150):

@@ -66,19 +66,12 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def save_tiny_qwen2(directory: Path, tokenizer: PreTrainedTokenizerBase, **options) -> Path:
     """A randomly initialised Qwen2 of two layers with this tokenizer, saved there."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **options,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(directory)
+    small = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    Qwen2ForCausalLM(Qwen2Config(**(small | options))).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 

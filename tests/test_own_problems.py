@@ -280,7 +280,7 @@ def test_gold_answers_that_cannot_be_read_are_counted_apart(speaking_model, data
             ["--dataset_name", "{data}", "--reward_funcs", "math_reward", "--reward_weights", "1", "2"],
             "--reward_weights has 2 weights for 1 reward functions",
         ),
-        (["--dataset_name", "{images}", "--reward_funcs", "math_reward"], "has a column 'image': images are not"),
+        (["--dataset_name", "{images}", "--reward_funcs", "math_reward"], "The column 'image' of --dataset_name"),
         (
             ["--dataset_name", "{data}", "--reward_funcs", "math_reward", "--system_prompt", "data"],
             "the system messages of --dataset_name are always used",

@@ -6,7 +6,13 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from luffy_trl import LuffyConfig, LuffyTrainer
-from luffy_trl.tasks.letter_chain import LETTERS, Links, build_chain_tokenizer, letter_chain_reward
+from luffy_trl.tasks.letter_chain import (
+    LETTERS,
+    RESPONSE_TEMPLATE,
+    Links,
+    build_chain_tokenizer,
+    letter_chain_reward,
+)
 
 from .acting_model import chain_of, chain_rows
 from .conftest import SMALL_RUN
@@ -73,6 +79,107 @@ def test_rollouts_call_tools_and_demonstrations_do_not(trained, tool):
     assert trainer.state.global_step == 1
 
 
+def unwilling(letter: str) -> str:
+    """Where a letter leads.
+
+    Args:
+        letter: the letter to follow.
+    """
+    raise RuntimeError("no further")
+
+
+async def unwilling_later(letter: str) -> str:
+    """Where a letter leads.
+
+    Args:
+        letter: the letter to follow.
+    """
+    raise RuntimeError("no further")
+
+
+def of_a_number(number: int) -> int:
+    """Another argument than the policy gives.
+
+    Args:
+        number: to follow.
+    """
+    return number
+
+
+def another(letter: str) -> str:
+    """Another tool than the policy calls.
+
+    Args:
+        letter: the letter.
+    """
+    return letter
+
+
+unwilling.__name__ = unwilling_later.__name__ = of_a_number.__name__ = "follow"
+
+
+@pytest.mark.parametrize(
+    ("tool", "says"),
+    [
+        (unwilling, "no further"),
+        (unwilling_later, "no further"),
+        (of_a_number, "unexpected keyword argument 'letter'"),
+        (another, "Tool follow not found"),
+    ],
+)
+def test_calls_that_fail_are_answered_and_demonstrations_stand(trained, tool, says):
+    told = []
+
+    def reward(completions, **kwargs):
+        told.extend(m["content"] for c in completions for m in c if m["role"] == "tool" and "error" in m["content"])
+        return [float(len(completion)) for completion in completions]
+
+    _, line = trained(chain_rows([True] * 4), reward, tools=[tool], config={"max_completion_length": 200})
+    assert line["tools/call_frequency"] > 0
+    assert line["tools/failure_frequency"] == 1.0
+    assert told
+    assert all(says in answer for answer in told)
+    assert line["off_policy/reward"] == 5.0
+    assert line["off_policy/length"] == 11
+
+
+NAMELESS = {"type": "function", "function": {"arguments": {"letter": "{content}"}}}
+
+
+@pytest.mark.parametrize("broken", [{"transform": NAMELESS}, {"content": "json"}])
+def test_malformed_calls_are_texts_that_call_nothing(acting_model, tmp_path, broken):
+    """What the model writes is read as a call without a name, or as JSON, which it is not."""
+    tokenizer = build_chain_tokenizer()
+    fields = RESPONSE_TEMPLATE["fields"]
+    tokenizer.response_template = RESPONSE_TEMPLATE | {
+        "fields": fields | {"tool_calls": fields["tool_calls"] | broken}
+    }
+    asked.clear()
+    seen = []
+
+    def reward(completions, **kwargs):
+        seen.extend(completions)
+        return [float(len(completion)) for completion in completions]
+
+    args = {**SMALL_RUN, "per_device_train_batch_size": 16, "max_completion_length": 24, "max_steps": 1}
+    trainer = LuffyTrainer(
+        str(acting_model),
+        reward,
+        LuffyConfig(output_dir=str(tmp_path), save_strategy="no", disable_tqdm=True, **args),
+        train_dataset=chain_rows([True] * 4),
+        processing_class=tokenizer,
+        tools=[follow],
+    )
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert not asked
+    assert line["tools/call_frequency"] == 0
+    lengths = sorted(map(len, seen))
+    assert lengths == [1] * 12 + [5] * 4
+    assert any("follow(letter=" in c[0]["content"] for c in seen if len(c) == 1)
+    assert line["off_policy/reward"] == 5.0
+
+
 def test_texts_and_trajectories_side_by_side_and_prompts_without_any(trained):
     rows = chain_rows([True] * 4).to_list()
     rows[0]["demonstrations"] = [[{"role": "assistant", "content": "#z"}]]
@@ -133,6 +240,24 @@ def test_an_environment_that_makes_the_prompts(trained):
     assert line["off_policy/reward"] == 1.0
     [batch] = trainer._buffered_inputs
     assert {trainer.processing_class.decode(ids) for ids in batch["prompt_ids"]} == {"Da|"}
+
+
+def test_an_environment_that_has_the_data_beside_a_function_that_has_the_trajectories(trained):
+    class Data(Links):
+        def reset(self, **row):
+            super().reset(chain_of("az").links)
+            return "Da"
+
+    def recorded(row):
+        return [chain_of("az").trajectory()]
+
+    def answers(completions, **kwargs):
+        return [float(completion[-1]["content"] == "#z") for completion in completions]
+
+    options = {"demonstration_source": recorded, "max_steps": 2}
+    _, line = trained(None, answers, environment_factory=Data, config=options)
+    assert line["groups/guided"] == 1.0
+    assert line["off_policy/reward"] == 1.0
 
 
 def test_a_function_gives_trajectories_and_a_call_that_the_environment_does_not_have_is_said(trained, caplog):

@@ -346,7 +346,7 @@ def plain_loss(model, ref_model, facts, loss_type, beta):
         both = torch.cat([fact["prompt"], fact["ids"]])[None]
 
         def logps_of(model, fact=fact, both=both):
-            logits = model(input_ids=both).logits[0, len(fact["prompt"]) - 1 : -1]
+            logits = model(input_ids=both, **fact.get("images", {})).logits[0, len(fact["prompt"]) - 1 : -1]
             return logits.log_softmax(-1).gather(1, fact["ids"][:, None])[:, 0]
 
         logps, own = logps_of(model), fact["own"]

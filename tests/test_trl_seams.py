@@ -72,6 +72,11 @@ def test_the_constructor_takes_what_is_checked():
         ),
         ("_generate", ["return prompt_ids, completion_ids, tool_mask, completions, logprobs"]),
         ("_tokenize_prompts", ["tools=self.tools or None"]),
+        # and with images: prompts are whole when they are rendered, each with its row's environment
+        ("_tokenize_prompts", ["zip(prompts, self._batch_environments, strict=True)"]),
+        ("_generate_and_score_completions", [") = self._generate(prompts)"]),
+        ("_tool_call_loop", ["split_pixel_values_by_grid(multimodal_fields)"]),
+        ("log", ['strip_images_from_messages(messages) for messages in self._logs["completion"]']),
         # what a budget of tokens relies on: the buffer, the count of steps, and what divides a micro-batch's loss
         ("_prepare_inputs", ["inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]"]),
         ("training_step", ["super().training_step(model, inputs, num_items_in_batch)", "self._step += 1"]),

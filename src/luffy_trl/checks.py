@@ -27,9 +27,10 @@ from .demonstrations.encoding import (
     DemonstrationEncoder,
     column_names,
 )
-from .demonstrations.images import IMAGE_COLUMNS
+from .demonstrations.images import IMAGE_COLUMNS, images_of
 from .demonstrations.placement import Placement
 from .demonstrations.prompts import Reader, check_prompts
+from .demonstrations.rendering import images_in, tools_of
 from .rewards.signatures import misfit
 
 
@@ -184,31 +185,27 @@ def check_against_model(
     messages = []
     for name, dataset in named_datasets(arguments).items():
         if "prompt" in column_names(dataset):
-            _check_images_are_read(name, dataset, processing_class)
             rows = dataset if isinstance(dataset, Dataset) else first_rows(dataset, LOOKED_AT, f"`{name}`")
             of = "" if name == "train_dataset" else f" of `{name}`"
             messages += check_prompts(reader, rows, of, args.max_completion_length)
+            if not tools and arguments.get("environment_factory") is None:
+                _check_tools_of_rows(rows, of)
             if eos_token_ids is not None and name == "train_dataset" and isinstance(rows[0]["prompt"], list):
                 messages += turn_endings(processing_class, eos_token_ids, args.chat_template_kwargs)
     return messages
 
 
-def _check_images_are_read(
-    name: str, dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase | ProcessorMixin
-) -> None:
-    images = [column for column in column_names(dataset) if column in IMAGE_COLUMNS]
-    if not images:
+def _check_tools_of_rows(rows: Sequence[dict[str, Any]] | Dataset, of: str) -> None:
+    """TRL renders prompts with images by itself a second time, and then knows of the trainer's own tools alone."""
+    if "tools" not in (column_names(rows) if isinstance(rows, Dataset) else rows[0]):
         return
-    where = f"`{name}` has a column {images[0]!r}, and"
-    if not isinstance(processing_class, ProcessorMixin):
+    tools = rows["tools"] if isinstance(rows, Dataset) else [row["tools"] for row in rows]
+    of_rows = (i for i, value in enumerate(tools) if tools_of({"tools": value}, f"Row {i}{of}") is not None)
+    number = next(of_rows, None)
+    if number is not None and (images_of(rows[number]) or images_in(rows[number]["prompt"])):
         raise ValueError(
-            f"{where} the model reads no images: it has a tokenizer and no processor. Take a vision-language model, "
-            "or remove the column."
-        )
-    if isinstance(first_rows(dataset, 1, f"`{name}`")[0]["prompt"], str):
-        raise ValueError(
-            f"{where} its prompts are plain texts, in which images have no place. Make `prompt` a list of messages, "
-            "such as [{'role': 'user', 'content': ...}]."
+            f"Row {number}{of}: `tools` cannot be combined with the images of its prompt. Leave one of them out, or "
+            "give the trainer the tools themselves."
         )
 
 

@@ -254,11 +254,11 @@ class LuffyTrainer(
         with self._stopwatch("generation"):
             if self.num_demonstrations == 0 or self._acts:  # behind a tool's answer each row is a rollout
                 return sample(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
-            placement = self._generation.placement
+            generation, placement = self._generation, self._generation.placement
             to_sample = placement.rows_to_sample()
             # vLLM hands each process a slice of one width; the surplus is left out when the rows are merged
             asked = self._as_many_everywhere(to_sample) if self.use_vllm else to_sample
-            prompts = requests(placement, asked, prompt_ids, multimodal_fields, self._tokenize_prompts)
+            prompts = requests(generation, asked, prompt_ids, images, multimodal_fields, self._tokenize_rows)
             # Groups are ragged now: each row is a request of its own
             sampled_ids, sampled_logps = sample(*prompts, num_generations=1)
             return merge_completions(

@@ -8,7 +8,6 @@ from datasets import Dataset, IterableDataset
 
 from ..checks import RESERVED_COLUMNS, check_reward_inputs
 from ..demonstrations.encoding import SOURCE_COLUMNS
-from ..demonstrations.images import IMAGE_COLUMNS
 from ..evaluation import EvaluationError
 from ..evaluation.own_problems import OwnProblems
 from .grading import make_grader, named_rewards
@@ -41,12 +40,9 @@ def _load(args: argparse.Namespace) -> Dataset:
     split = args.dataset_split or _split(args.dataset_name, splits)
     dataset = load_split(splits, split, args.dataset_name, "--dataset_split")
     assert isinstance(dataset, Dataset)  # nothing is streamed
-    for column in (*RESERVED_COLUMNS, *IMAGE_COLUMNS):
+    for column in RESERVED_COLUMNS:
         if column in dataset.column_names:
-            if column in IMAGE_COLUMNS:
-                why = "images are not evaluated here. Set eval_strategy in training, or leave the column out."
-            else:
-                why = "reward functions get the responses' own by it. Rename it."
+            why = "reward functions get the responses' own by it. Rename it."
             raise ValueError(f"--dataset_name {args.dataset_name} has a column {column!r}: {why}")
     return dataset
 

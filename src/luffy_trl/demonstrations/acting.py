@@ -2,15 +2,18 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from trl import GRPOTrainer
+from trl import GRPOTrainer, prepare_multimodal_messages
 
 from .encoding import DemonstrationEncoder
+from .images import Tokenized, as_tensors, without_empty_images
 from .placement import Generation, tool_masks
 from .rendering import Tools, schemas, tools_of
 
@@ -33,13 +36,23 @@ class TrajectoriesMixin(GRPOTrainer):
     - `_tool_call_loop`: leaves demonstrations out, but repeats their calls in their rows' environments, which give
       rewards; every process samples as often as the one that acts longest;
     - `_generate_single_turn`: so that they do;
-    - `_generate`: a trajectory's messages are its completion, and its `tool_mask` is 0 where tools and users wrote.
+    - `_generate`: a trajectory's messages are its completion, and its `tool_mask` is 0 where tools and users wrote;
+    - `_tokenize_prompts`, `log`, and a hook of the model: images beside tools, and tools that answer with images,
+      where processors give arrays, forward passes have no image, and completions are logged.
     """
 
     _generation: Generation | None = None
     # What is under way, None and False outside of it
     _rows_under_way: list[dict[str, Any]] | None = None
     _acts = False
+    _batch_environments: list[str | None]  # TRL's
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self._is_vlm and self.tools:
+            hook = partial(without_empty_images, self._dist.is_zero3 or self._dist.is_fsdp)
+            for model in filter(None, (self.model, self.ref_model)):
+                model.register_forward_pre_hook(hook, with_kwargs=True)
 
     def _encoder(self) -> DemonstrationEncoder:
         """Makes demonstrations of what rollouts are made of: the same template, and the same tools in it."""
@@ -70,16 +83,33 @@ class TrajectoriesMixin(GRPOTrainer):
     def _tokenize_prompts(self, prompts):
         rows = self._rows_under_way
         if self.tools or rows is None or not any(row.get("tools") for row in rows):
-            return super()._tokenize_prompts(prompts)
+            ids, images, fields = super()._tokenize_prompts(prompts)
+            return ids, images, as_tensors(fields)
         prompt_ids: list[list[int]] = []
+        merged: dict[str, list] = {}
         for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
             tools = tools_of(row, f"Row {number} of a generation")
             with self._rendering_with(tools or []):
                 [ids], images, fields = super()._tokenize_prompts([prompt])
-            if images or fields:
+            if images:  # of a stream; of a table they are refused before training
                 raise ValueError("The column `tools` cannot be combined with images. Leave one of them out.")
             prompt_ids.append(ids)
-        return prompt_ids, None, {}
+            for name, values in fields.items():  # a value a token
+                merged.setdefault(name, []).extend(values)
+        return prompt_ids, None, merged
+
+    def _tokenize_rows(self, rows: Sequence[int]) -> Tokenized:
+        """Prompts of the generation under way once more, each with the tools of its environment."""
+        assert self._generation is not None
+        prompts = [self._generation.prompts[i] for i in rows]
+        if self.environment_factories is None:
+            return super()._tokenize_prompts(prompts)
+        of_all = self._batch_environments
+        self._batch_environments = [of_all[i] for i in rows]
+        try:
+            return super()._tokenize_prompts(prompts)
+        finally:
+            self._batch_environments = of_all
 
     @contextmanager
     def _rendering_with(self, tools: list[dict[str, Any]]) -> Iterator[None]:
@@ -91,8 +121,10 @@ class TrajectoriesMixin(GRPOTrainer):
             self.tools = []
 
     def _generate(self, prompts):
-        prompt_ids, completion_ids, tool_mask, completions, *others = super()._generate(prompts)
         generation = self._generation
+        if generation is not None:
+            generation.prompts = prompts
+        prompt_ids, completion_ids, tool_mask, completions, *others = super()._generate(prompts)
         if generation is not None:
             placed = generation.placement.demonstrations
             tool_mask = tool_masks(placed, completion_ids, tool_mask)
@@ -118,6 +150,12 @@ class TrajectoriesMixin(GRPOTrainer):
         if generation is not None:
             mask = tool_masks(generation.placement.demonstrations, results[0], mask)
         return mask, said, *results
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._is_vlm and self.tools and self.log_completions:  # a column of a table holds texts or parts, not both
+            kept = self._logs["completion"]
+            self._logs["completion"] = deque(map(prepare_multimodal_messages, kept), maxlen=kept.maxlen)
+        super().log(logs, start_time)
 
     @contextmanager
     def _acting(self) -> Iterator[None]:

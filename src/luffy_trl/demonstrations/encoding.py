@@ -22,7 +22,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from .rendering import Tools, brief, end_of_turn, rendered_prompt, without_repeated_opening
+from .rendering import Tools, brief, end_of_turn, rendered_prompt, without_images, without_repeated_opening
 from .trajectories import ChatMessage, ContextSpan, TrajectoryEncoder, is_trajectory
 
 
@@ -140,6 +140,8 @@ class DemonstrationEncoder:
         self.eos_token_ids = eos_token_ids
         is_processor = isinstance(processing_class, ProcessorMixin)
         self.tokenizer = processing_class.tokenizer if is_processor else processing_class
+        # Where an image of the prompt is read; not each processor names it
+        self.image_token_id = getattr(processing_class, "image_token_id", None) if is_processor else None
         self.max_length = max_length
         self.overflow = overflow
         self.chat_template_kwargs = chat_template_kwargs
@@ -230,6 +232,7 @@ class DemonstrationEncoder:
             )
         options = self.chat_template_kwargs | self.tools.options(row, where.partition(":")[0])
         ids, context, messages = self.encode_trajectory(value, row["prompt"], options, where)
+        self._check_image_tokens(ids, where)
         return Demonstration(ids, context=context, messages=messages)
 
     def fitting(self, demonstration: Demonstration, where: str) -> Demonstration | None:
@@ -268,7 +271,15 @@ class DemonstrationEncoder:
                 f"{where} holds the end-of-sequence token {self.tokenizer.decode(early[:1])!r} before its end. The "
                 "policy could never write what follows it: cut the demonstration there, or remove the token."
             )
+        self._check_image_tokens(ids, where)
         return ids
+
+    def _check_image_tokens(self, ids: list[int], where: str) -> None:
+        if self.image_token_id is not None and self.image_token_id in ids:
+            raise ValueError(
+                f"{where} holds the token {self.tokenizer.decode([self.image_token_id])!r}, in whose place the model "
+                "reads an image, and a demonstration has none: remove the token."
+            )
 
 
 def encode_dataset(
@@ -400,18 +411,6 @@ def demonstration_text(value: Any, where: str) -> str:
 def as_completion(prompt: str | list, text: str) -> str | list[dict[str, str]]:
     """The text in the prompt's form."""
     return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
-
-
-def without_images(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """A prompt with its texts alone."""
-    if isinstance(prompt, str):
-        return prompt
-    return [
-        {**message, "content": [part for part in message["content"] if part.get("type") != "image"]}
-        if isinstance(message.get("content"), list)
-        else message
-        for message in prompt
-    ]
 
 
 def stop_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -39,12 +39,14 @@ class Generation:
 
     Attributes:
         placement: chosen before anything is sampled.
+        prompts: one entry a row, as they are rendered: with their images, and what their environments say.
         completion_ids: what the reward functions were asked about, one entry a row; once they were.
         rewards_per_func: `(N, F)`, their answers for the completions of all processes; then, too.
         tool_mask: 0 on what tools and users wrote, one list a row; None where there is nothing of theirs.
     """
 
     placement: Placement
+    prompts: list[Any] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
     rewards_per_func: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
     tool_mask: list[list[int]] | None = None

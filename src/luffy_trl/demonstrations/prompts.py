@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from .encoding import SOURCE_COLUMNS
-from .images import images_of
-from .rendering import brief, rendered_prompt, tools_of
+from .images import IMAGE_COLUMNS, images_of
+from .rendering import brief, images_in, rendered_prompt, tools_of
 
 
 # Positions beyond the window are an index error in these, and no extrapolation
@@ -37,14 +37,18 @@ def render(
     """The prompt of a dataset row as it stands in front of the policy.
 
     Raises:
-        ValueError: starting with `where`, if the chat template refuses it.
+        ValueError: starting with `where`, if the chat template refuses it, or its images have no places.
     """
+    places, images = images_in(row["prompt"]).count(None), images_of(row) or []
+    if places and places != len(images):
+        raise ValueError(
+            f"{where}: `prompt` has {places} places for images ({{'type': 'image'}}), and the row has {len(images)} "
+            "images in its columns `image` or `images`. Give each place its image."
+        )
     if "tools" not in chat_template_kwargs and (tools := tools_of(row, where)) is not None:
         chat_template_kwargs = chat_template_kwargs | {"tools": tools}
     try:
-        return rendered_prompt(
-            processing_class, row["prompt"], chat_template_kwargs, images_of(row), add_generation_prompt
-        )
+        return rendered_prompt(processing_class, row["prompt"], chat_template_kwargs, images, add_generation_prompt)
     except Exception as error:  # a template may raise anything
         raise ValueError(_refusal(processing_class, row["prompt"], chat_template_kwargs, where, error)) from error
 
@@ -132,11 +136,12 @@ def check_prompts(
         max_completion_length: tokens that are written after each prompt, at most; None: not known.
 
     Raises:
-        ValueError: naming row and field, for a prompt that the chat template refuses, a prompt that alone fills the
-            window, one that may grow beyond the positions of a model that has no others, and for a token without an
-            embedding.
+        ValueError: naming row and field, for images that the model does not read, a prompt that the chat template
+            refuses, a prompt that alone fills the window, one that may grow beyond the positions of a model that has
+            no others, and for a token without an embedding.
     """
     sizes, examples = _scan(rows)
+    _check_images(reader, rows, of, examples)
     longest_frame = 0
     left_out: dict[str, str] = {}
     for row in examples:
@@ -151,6 +156,27 @@ def check_prompts(
     _check_embeddings(reader, rows, of)
     bounds = [size + longest_frame for size in sizes]
     return [*left_out.values(), *_check_window(reader, rows, of, bounds, max_completion_length)]
+
+
+def _check_images(reader: Reader, rows: Sequence[dict[str, Any]], of: str, examples: list[int]) -> None:
+    """Raises ValueError for images where the model reads none, or in columns beside prompts without a place for them.
+
+    Args:
+        examples: a row for each form of prompts.
+    """
+    columns = [name for name in IMAGE_COLUMNS if name in _column_names(rows)]
+    places = [f"The column {name!r}{of} holds images" for name in columns]
+    places += [f"Row {row}{of}: `prompt` has an image" for row in examples if images_in(rows[row]["prompt"])]
+    if places and not isinstance(reader.processing_class, ProcessorMixin):
+        raise ValueError(
+            f"{places[0]}, and the model reads no images: it has a tokenizer and no processor. Take a vision-language "
+            "model, or leave the images out."
+        )
+    if columns and isinstance(rows[0]["prompt"], str):
+        raise ValueError(
+            f"{places[0]}, and the prompts are plain texts, in which images have no place. Make `prompt` a list of "
+            "messages, such as [{'role': 'user', 'content': ...}]."
+        )
 
 
 def _scan(rows: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:

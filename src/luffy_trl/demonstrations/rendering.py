@@ -84,6 +84,26 @@ def rendered_prompt(
     )
 
 
+def images_in(messages: Any) -> list[Any]:
+    """The images among the parts of messages, in their order; there are none in a text."""
+    said = [message for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
+    contents = [message.get("content") for message in said]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part.get("image") for part in parts if isinstance(part, dict) and part.get("type") == "image"]
+
+
+def without_images(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """A prompt with its texts alone."""
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        {**message, "content": [part for part in message["content"] if part.get("type") != "image"]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in prompt
+    ]
+
+
 def end_of_turn(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin, chat_template_kwargs: dict[str, Any]
 ) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.chat_template_utils import get_training_chat_template
 
-from .rendering import brief, rendered_prompt, without_nones
+from .rendering import brief, images_in, rendered_prompt, without_images, without_nones
 
 
 ChatMessage = dict[str, Any]
@@ -61,6 +61,7 @@ class TrajectoryEncoder:
         messages = checked_messages(value, where)
         if not isinstance(prompt, list):
             raise ValueError(f"{where} is a trajectory, and `prompt` is {brief(prompt)}: make it messages, too.")
+        prompt = without_images(prompt)  # what stands behind it is what matters
         try:
             pieces = list(self._pieces(messages, prompt, chat_template_kwargs, where))
         except ValueError:
@@ -175,6 +176,8 @@ def _checked_message(message: ChatMessage, where: str) -> ChatMessage:
     content = message.setdefault("content", "")
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         content = message["content"] = "".join(str(part.get("text", "")) for part in content)
+    if images_in([message]):
+        raise ValueError(f"{where} has an image, and demonstrations are texts: images go in `prompt`.")
     if not isinstance(content, str):
         raise ValueError(f"{where} has the content {brief(content)}, expected a text.")
     if message["role"] == "assistant" and not content.strip() and "tool_calls" not in message:

@@ -2,14 +2,16 @@
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
+from lm_eval.models.hf_vlms import HFMultimodalLM
 from lm_eval.models.huggingface import HFLM
+from transformers import BatchFeature
 
 from ..runs.seeds import derived_seed
 from . import EvaluationError
@@ -24,13 +26,17 @@ VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class Request:
-    """One response to be sampled: where it belongs, the rendered prompt, and lm-eval's generation arguments."""
+    """One response to be sampled: where it belongs, the rendered prompt, and lm-eval's generation arguments.
+
+    The prompt's images are read when they are needed: those of a whole dataset may not fit into memory.
+    """
 
     task: str
     doc_id: int
     repeat: int
     prompt: str
     generation: dict[str, Any]
+    images: Callable[[], list[Any]] = list
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -73,11 +79,19 @@ class ReportsLengths(TemplateLM):
         if self.add_bos_token is None:
             self.add_bos_token = False
 
+    def prompt_length(self, request: Request) -> int:
+        """In tokens."""
+        return len(self.tok_encode(request.prompt))
+
+    def beside(self, request: Request) -> tuple[Any, ...]:
+        """What lm-eval's back end is given beside the prompt and the generation arguments."""
+        return ()
+
     def sample(self, requests: Sequence[Request], seed: int) -> list[Response]:
         """Generate in one call of lm-eval's back end."""
         arguments = self.seeded(requests, seed)
         instances = [
-            Instance("generate_until", {}, (request.prompt, kwargs), 0)
+            Instance("generate_until", {}, (request.prompt, kwargs, *self.beside(request)), 0)
             for request, kwargs in zip(requests, arguments, strict=True)
         ]
         self._lengths.clear()
@@ -107,16 +121,57 @@ class HuggingFaceBackend(ReportsLengths, HFLM):
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs):
         output = super()._model_generate(context, max_length=max_length, stop=stop, **generation_kwargs)
-        limit = max_length - context.shape[1]
-        for row in output[:, context.shape[1] :].tolist():
-            end = next((i for i, token in enumerate(row) if token in self._end_tokens), None)
-            self._lengths.append((len(row) if end is None else end + 1, end is None and len(row) >= limit))
+        self._keep_lengths(output, context.shape[1], max_length)
         return output
+
+    def _keep_lengths(self, output: torch.Tensor, prompt: int, longest: int) -> None:
+        """
+        Args:
+            output: `(B, T)`, prompts and responses.
+            prompt, longest: tokens that all prompts have, padding included, and that prompt and response may have.
+        """
+        for row in output[:, prompt:].tolist():
+            end = next((i for i, token in enumerate(row) if token in self._end_tokens), None)
+            self._lengths.append((len(row) if end is None else end + 1, end is None and prompt + len(row) >= longest))
 
     @property
     def _end_tokens(self) -> set[int]:
         eos = self.model.generation_config.eos_token_id
         return {self.eot_token_id, *(eos if isinstance(eos, list) else [eos])}
+
+
+class HuggingFaceImagesBackend(HuggingFaceBackend, HFMultimodalLM):
+    """For prompts with images, which the model's processor reads as it does in training."""
+
+    def _create_tokenizer(self, pretrained, tokenizer, **kwargs):
+        super()._create_tokenizer(tokenizer or pretrained, None, **kwargs)  # which forgets the processor of another
+
+    def prompt_length(self, request: Request) -> int:
+        return self._read([request.prompt], [request.images()])["input_ids"].shape[1]
+
+    def beside(self, request: Request) -> tuple[Any, ...]:
+        return ({"visual": request.images()},)
+
+    def _read(self, prompts: list[str], images: list[list[Any]]) -> BatchFeature:
+        bos = self.tokenizer.bos_token
+        # As Transformers' `apply_chat_template`, with which the trainer tokenizes
+        special = {"add_special_tokens": False} if bos is not None and prompts[0].startswith(bos) else {}
+        return self.processor(
+            images=images if any(images) else None,
+            text=prompts,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            **special,
+        )
+
+    def tok_batch_multimodal_encode(self, strings, images, *_, **__) -> BatchFeature:
+        return self._read(strings, images).to(self.device, self.model.dtype)
+
+    def _model_multimodal_generate(self, inputs, max_length, stop, **generation_kwargs):
+        output = super()._model_multimodal_generate(inputs, max_length, stop, **generation_kwargs)
+        self._keep_lengths(output, inputs["input_ids"].shape[1], max_length)
+        return output
 
 
 def vllm_backend() -> type[ReportsLengths]:
@@ -141,14 +196,17 @@ def vllm_backend() -> type[ReportsLengths]:
     return VLLMBackend
 
 
-def load_backend(name: str, arguments: dict[str, Any]) -> ReportsLengths:
+def load_backend(name: str, arguments: dict[str, Any], images: bool = False) -> ReportsLengths:
     """The model, loaded.
 
     Args:
         name: "hf" or "vllm".
         arguments: those of lm-eval's `HFLM` or `VLLM`.
+        images: whether prompts have any; "hf" only.
     """
-    return (HuggingFaceBackend if name == "hf" else vllm_backend())(**arguments)
+    if name == "vllm":
+        return vllm_backend()(**arguments)
+    return (HuggingFaceImagesBackend if images else HuggingFaceBackend)(**arguments)
 
 
 def adapter_arguments(backend: str, adapter: str) -> dict[str, Any]:

@@ -25,6 +25,8 @@ class Benchmarks:
         EvaluationError: for tasks, files and comparisons that are not there, or cannot be read.
     """
 
+    have_images = False
+
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.notes: list[str] = []

@@ -61,8 +61,11 @@ def kept_arguments(model_args: dict[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in sorted(model_args.items()) if name not in SPEED_ARGUMENTS}
 
 
-def load_model(args: argparse.Namespace, model_args: dict[str, Any]) -> ReportsLengths:
+def load_model(args: argparse.Namespace, model_args: dict[str, Any], images: bool) -> ReportsLengths:
     """
+    Args:
+        images: whether prompts have any.
+
     Raises:
         EvaluationError: if lm-eval's back end cannot load it, or it has no chat template where one is needed.
     """
@@ -76,8 +79,8 @@ def load_model(args: argparse.Namespace, model_args: dict[str, Any]) -> ReportsL
     else:
         arguments |= {"tensor_parallel_size": args.tensor_parallel_size, "seed": args.seed}
     try:
-        backend = load_backend(args.backend, arguments | model_args)
-    except (OSError, ValueError, TypeError, ImportError) as error:
+        backend = load_backend(args.backend, arguments | model_args, images)
+    except (OSError, ValueError, TypeError, ImportError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EvaluationError(
             f"--model {args.model} could not be loaded by lm-eval's {args.backend}: {reason}"

@@ -4,17 +4,22 @@ import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from PIL.Image import Image as Picture
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers.image_utils import load_image
 
 from ..data.contract import with_system
 from ..data.files import ending
 from ..demonstrations.encoding import without_demonstrations
+from ..demonstrations.images import IMAGE_COLUMNS, images_of, with_images
 from ..demonstrations.prompts import Reader, check_prompts
+from ..demonstrations.rendering import images_in
 from . import EvaluationError, tables
 from .backends import Request
 from .catalog import generation_arguments
@@ -47,6 +52,9 @@ class OwnProblems:
 
     Raises:
         EvaluationError: for prompts that the model cannot be given, and for comparisons with other problems.
+
+    Attributes:
+        have_images: all prompts have some, or none has.
     """
 
     groups: Mapping[str, Sequence[str]] = {}
@@ -59,13 +67,18 @@ class OwnProblems:
         self.labels = {self.name: self.name}
         self.repeats = {self.name: 1 if args.temperature == 0 else args.n_samples or 1}
         self.is_conversation = isinstance(dataset[0]["prompt"], list)
+        self.image_columns = [name for name in IMAGE_COLUMNS if name in dataset.column_names]
+        shown = dataset.select_columns(["prompt", *self.image_columns])
+        self.have_images = any(images_of(row) or images_in(row["prompt"]) for row in shown)
+        if self.have_images:
+            _check_images_go_with(args)
         self.notes = [] if args.limit is None else [f"Note: --limit {args.limit}: only the first problems were used."]
         if args.temperature == 0 and args.n_samples not in (None, 1):
             self.notes.append("Note: --temperature 0 is greedy: one sample a problem, whatever --n_samples says.")
-        self._fingerprint = _fingerprint(dataset)
-        self.compared = self._compared(args.compare)
         self.reader = self._reader(model_args)
         self.prompts = [self._rendered(i) for i in range(self.count(self.name))]
+        self._fingerprint = self._fingerprinted()
+        self.compared = self._compared(args.compare)
 
     def count(self, name: str) -> int:
         problems = len(self.dataset)
@@ -77,16 +90,18 @@ class OwnProblems:
     # Prompts
 
     def _reader(self, model_args: Mapping[str, Any]) -> Reader:
-        """The model's tokenizer, which renders and counts the prompts as the trainer does."""
+        """The model's tokenizer or processor, which renders and counts the prompts as the trainer does."""
         options = {name: model_args[name] for name in ("revision", "trust_remote_code") if name in model_args}
         thinking = {name: model_args[name] for name in ("enable_thinking",) if name in model_args}
+        # The processors of some models need packages that texts do not
+        loader = AutoProcessor if self.have_images or self.image_columns else AutoTokenizer
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model_args.get("tokenizer", self.args.model), **options)
+            tokenizer = loader.from_pretrained(model_args.get("tokenizer", self.args.model), **options)
             reader = Reader(tokenizer, AutoConfig.from_pretrained(self.args.model, **options), thinking)
             if self.args.template == OWN:
                 rows = [self._row(i) for i in range(self.count(self.name))]
                 self.notes += [f"Note: {says}" for says in check_prompts(reader, rows, f" of {self.where}", None)]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise EvaluationError(" ".join(str(error).split())) from error
         if not self.is_conversation and tokenizer.chat_template and self.args.template == OWN:
             self.notes.append(
@@ -107,7 +122,16 @@ class OwnProblems:
     def _rendered(self, number: int) -> str:
         row, template = self._row(number), self.args.template
         if template == OWN:
-            return self.reader.render(row, f"{self.where}, row {number}")
+            try:
+                rendered = self.reader.render(row, f"{self.where}, row {number}")
+            except ValueError as error:
+                raise EvaluationError(str(error)) from error
+            if self.have_images and not self._images(number):
+                raise EvaluationError(
+                    f"{self.where}, row {number}: the prompt has no image, and others have. Evaluate prompts with "
+                    "images and prompts without one by one, each kind in a file of its own."
+                )
+            return rendered
         asked = [message for message in row["prompt"] if message["role"] != "system"] if self.is_conversation else []
         if self.is_conversation and [message["role"] for message in asked] != ["user"]:
             raise EvaluationError(
@@ -115,6 +139,26 @@ class OwnProblems:
                 f"{', '.join(message['role'] for message in asked)}. Take --template {OWN}."
             )
         return TEXT_TEMPLATES[template](asked[0]["content"] if asked else row["prompt"])
+
+    def _images(self, number: int) -> list[Picture]:
+        """Of a row's prompt, read from their files."""
+        row = self.dataset[number]
+        try:
+            images = images_in(with_images(row)) if self.is_conversation else []
+            return [load_image(image) if isinstance(image, str) else image for image in images]
+        except (OSError, ValueError) as error:
+            says = " ".join(str(error).split())
+            raise EvaluationError(f"{self.where}, row {number}: an image cannot be read: {says:.300}") from error
+
+    def _fingerprinted(self) -> str:
+        """Changes with any prompt, its images, gold answer or their order."""
+        digest = hashlib.sha256()
+        read = [name for name in ("prompt", "solution", "tools") if name in self.dataset.column_names]
+        for number, row in enumerate(self.dataset.select_columns(read)):
+            digest.update(json.dumps(row, default=_told_apart).encode() + b"\n")
+            for image in self._images(number) if self.have_images else []:
+                digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+        return digest.hexdigest()
 
     # Samples and scores
 
@@ -125,7 +169,7 @@ class OwnProblems:
         if sampler.backend is not None and self.is_conversation and args.template == OWN:
             sampler.backend.take_rendered_prompts()
         requests = [
-            Request(self.name, number, repeat, prompt, generation)
+            Request(self.name, number, repeat, prompt, generation, partial(self._images, number))
             for number, prompt in enumerate(self.prompts)
             for repeat in range(self.repeats[self.name])
         ]
@@ -153,7 +197,8 @@ class OwnProblems:
         end = [] if sample.truncated else [self.reader.tokenizer.eos_token_id]
         [given] = without_demonstrations([row])
         del given["prompt"]
-        return Answer(sample.doc_id, given, row["prompt"], completion, token_ids + end)
+        prompt = with_images(row) if self.have_images else row["prompt"]  # TRL's form
+        return Answer(sample.doc_id, given, prompt, completion, token_ids + end)
 
     # Tables
 
@@ -183,10 +228,18 @@ class OwnProblems:
         return compared
 
 
-def _fingerprint(dataset: Dataset) -> str:
-    """Changes with any prompt, gold answer or their order."""
-    digest = hashlib.sha256()
-    read = [name for name in ("prompt", "solution", "tools") if name in dataset.column_names]
-    for row in dataset.select_columns(read):
-        digest.update(json.dumps(row, default=str).encode() + b"\n")
-    return digest.hexdigest()
+def _check_images_go_with(args: argparse.Namespace) -> None:
+    of = f"the prompts of --dataset_name {args.dataset_name} have images, which"
+    if args.template != OWN:
+        raise EvaluationError(f"--template {args.template}: {of} have no place in it. Take --template {OWN}.")
+    if args.backend == "vllm":
+        raise EvaluationError(f"--backend vllm: {of} are read with --backend hf alone. Take that.")
+    if args.batch_size == "auto":
+        raise EvaluationError(
+            f"--batch_size auto: {of} lm-eval takes in batches of a given size alone. Give a number."
+        )
+
+
+def _told_apart(value: Any) -> str:
+    """What JSON does not have. An image's pixels are for the fingerprint to add: its `str` is an address."""
+    return type(value).__name__ if isinstance(value, Picture) else str(value)

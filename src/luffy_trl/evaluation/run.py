@@ -28,6 +28,7 @@ class ProblemSets(Protocol):
     """What a model is evaluated on: the paper's `Benchmarks`, or a user's `OwnProblems`."""
 
     notes: list[str]
+    have_images: bool
 
     @property
     def labels(self) -> Mapping[str, str]: ...  # name of a set -> what tables call it
@@ -85,7 +86,8 @@ class Evaluation:
         print(self.kept(), flush=True)
         kept, wanted = self._progress()
         sampler = Sampler(
-            None if kept == wanted else load_model(self.args, self.model_args),  # to score anew, no model is needed
+            # To score anew, no model is needed
+            None if kept == wanted else load_model(self.args, self.model_args, self.problems.have_images),
             self.store,
             self.args.seed,
             self.chunk_size,

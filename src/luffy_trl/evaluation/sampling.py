@@ -86,8 +86,8 @@ def _check_lengths(backend: ReportsLengths, requests: Sequence[Request]) -> None
     Raises:
         EvaluationError: if the longest prompt and response are more than the model's window.
     """
-    one_of_each = {request.prompt: request for request in requests}
-    lengths = [(len(backend.tok_encode(prompt)), request) for prompt, request in one_of_each.items()]
+    one_of_each = {(request.task, request.doc_id): request for request in requests}
+    lengths = [(backend.prompt_length(request), request) for request in one_of_each.values()]
     longest, where = max(lengths, key=lambda value: value[0])
     max_new_tokens = where.generation["max_gen_toks"]
     window = backend.max_length
