@@ -12,12 +12,12 @@ class Configuration:
     """
     Attributes:
         options: fields of LuffyConfig; None: TRL's GRPOTrainer.
-        budget: whether `tokens_per_micro_batch` is set, to the workload's.
+        budget: `tokens_per_micro_batch` as a part of the workload's; 0: it is not set.
         attention: on a GPU. On a CPU it is `sdpa`, the only one of these that it has, or `flex_attention`.
     """
 
     options: dict[str, Any] | None
-    budget: bool = False
+    budget: float = 0.0
     attention: str = "flash_attention_2"
 
 
@@ -25,7 +25,9 @@ CONFIGURATIONS = {
     "TRL": Configuration(None),
     "trimmed": Configuration({"packed_forward": False}),
     "packed": Configuration({"packed_forward": True}),
-    "budget": Configuration({"share_prompts": False}, budget=True),
-    "shared prompts": Configuration({"share_prompts": True}, budget=True, attention="sdpa"),
-    "shared prompts, flex": Configuration({"share_prompts": True}, budget=True, attention="flex_attention"),
+    "budget": Configuration({"share_prompts": False}, budget=1.0),
+    "shared prompts": Configuration({"share_prompts": True}, budget=1.0, attention="sdpa"),
+    # Of which TRL's micro-batches take no less memory
+    "shared prompts, smaller budget": Configuration({"share_prompts": True}, budget=0.75, attention="sdpa"),
+    "shared prompts, flex": Configuration({"share_prompts": True}, budget=1.0, attention="flex_attention"),
 }

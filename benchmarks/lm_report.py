@@ -75,10 +75,15 @@ def trials(runs: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def compared(runs: list[Result]) -> list[str]:
+    """The bases from which a method was measured."""
+    return [regime for regime in REGIMES if any(method != "base" for method in measured(runs, regime))]
+
+
 def short_table(runs: list[Result]) -> str:
-    """For the README: a line a method, sampled answers of both regimes."""
-    both = {regime: measured(runs, regime) for regime in REGIMES}
-    shown = [(regime, test) for regime in REGIMES for test in TESTS if (regime, test) != ("cold", "reversal")]
+    """For the README: a line a method, sampled answers from each base that methods were measured from."""
+    both = {regime: measured(runs, regime) for regime in compared(runs)}
+    shown = [(regime, test) for regime in both for test in TESTS if (regime, test) != ("cold", "reversal")]
     header = " | ".join(f"{regime}: {TESTS[test]}" for regime, test in shown)
     lines = [f"| method | {header} | CPU s |", "| --- " * (len(shown) + 2) + "|"]
     for method, own in both["warm"].items():
@@ -98,11 +103,12 @@ def draw(runs: list[Result], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    regimes = compared(runs)
     figure, axes = plt.subplots(
-        len(REGIMES), len(TESTS), figsize=(12, 3.6 * len(REGIMES)), constrained_layout=True, squeeze=False
+        len(regimes), len(TESTS), figsize=(12, 3.6 * len(regimes)), constrained_layout=True, squeeze=False
     )
-    for row, (regime, title) in zip(axes, REGIMES.items(), strict=True):
-        by_method = measured(runs, regime)
+    for row, regime in zip(axes, regimes, strict=True):
+        title, by_method = REGIMES[regime], measured(runs, regime)
         base = by_method.pop("base", [])
         names = list(by_method)[::-1]
         for ax, (test, test_title) in zip(row, TESTS.items(), strict=True):
@@ -133,6 +139,6 @@ def write_report(results: dict[str, Any], docs: Path, readme: Path, missing: lis
     if missing:
         parts.append(f"**Not measured yet**: {len(missing)} of {len(missing) + len(runs)} runs.")
     insert(docs / "learning.md", "\n\n".join(parts), WRITER)
-    if all(len(measured(runs, regime)) > 1 for regime in REGIMES):
+    if "warm" in compared(runs):
         insert(readme, short_table(runs), WRITER)
         draw(runs, docs / "learning_lm.png")

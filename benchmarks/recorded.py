@@ -238,7 +238,7 @@ def make_trainer(
         # `trim_padding` is the default with demonstrations; asked for where the curve has none
         ours = {"num_demonstrations": work.demonstrations, "trim_padding": True, **configuration.options}
         if configuration.budget:
-            ours["tokens_per_micro_batch"] = work.budget
+            ours["tokens_per_micro_batch"] = round(configuration.budget * work.budget)
         trainer = LuffyReplay(model, reward, LuffyConfig(**ours, **options), **given)
         recorded = [g["rollouts"] for g in groups]
     trainer.recorded = {tuple(g["prompt"]): r for g, r in zip(groups, recorded, strict=True)}

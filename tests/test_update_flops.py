@@ -186,6 +186,11 @@ def test_the_results_are_of_every_model_and_configuration_and_near_the_limit():
     }
     assert ours["paper"] < 1.05
     assert ours["long_prompt"] < 1.15
+    by_name = {(case["model"], case["lengths"], case["configuration"]): case for case in cases}
+    for model, lengths in product(update_flops.MODELS, update_flops.LENGTHS):
+        trl, ours = (by_name[model, lengths, name] for name in ("TRL", "shared prompts, smaller budget"))
+        assert ours["peak_memory_bytes"] <= trl["peak_memory_bytes"]
+        assert ours["micro_batches"] <= {"paper": 13, "long_prompt": 8}[lengths] < trl["micro_batches"] / 2
 
 
 def test_the_documentation_has_the_results():
