@@ -27,7 +27,7 @@ CONFIGURATIONS = {
     "packed": Configuration({"packed_forward": True}),
     "budget": Configuration({"share_prompts": False}, budget=1.0),
     "shared prompts": Configuration({"share_prompts": True}, budget=1.0, attention="sdpa"),
-    # Of which TRL's micro-batches take no less memory
+    # In no more memory than TRL's micro-batches
     "shared prompts, smaller budget": Configuration({"share_prompts": True}, budget=0.75, attention="sdpa"),
     "shared prompts, flex": Configuration({"share_prompts": True}, budget=1.0, attention="flex_attention"),
 }

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from luffy_trl.tasks.letter_chain import response_template
+
 from .tiny_vlm import COLORS, ImageProcessor, build_model, build_processor, one_image, several_images, square
 
 
@@ -22,27 +24,13 @@ TEMPLATE = (
     "{% for name, value in call.function.arguments.items() %}{{ name }}={{ value }}{% endfor %}){% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-RESPONSE_TEMPLATE: dict[str, Any] = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": OPENING,
-    "fields": {
-        "tool_calls": {
-            "open_pattern": r"(?P<name>[a-z]+)\(side=",
-            "close_pattern": r"\)",
-            "repeats": True,
-            "content": "text",
-            "transform": {"type": "function", "function": {"name": "{name}", "arguments": {"side": "{content}"}}},
-        },
-        "content": {"close_pattern": re.escape(END), "content": "text"},
-    },
-}
 
 
 def build_acting_processor() -> ImageProcessor:
     processor = build_processor()
     processor.chat_template = processor.tokenizer.chat_template = TEMPLATE
     processor.tokenizer.add_tokens([CALL])
-    processor.tokenizer.response_template = RESPONSE_TEMPLATE
+    processor.tokenizer.response_template = response_template("side", OPENING, re.escape(END))
     return processor
 
 

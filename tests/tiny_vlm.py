@@ -119,6 +119,21 @@ def of_texts(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# How either LLaVA's processor reads an image
+LLAVA_READS = {
+    "patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1,
+    "chat_template": TEMPLATE.replace(IN_TEMPLATE, "<image>"),
+}  # fmt: skip
+
+
+def llava_parts(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
+    return {
+        "vision_config": CLIPVisionConfig(**SMALL, **PATCHES, projection_dim=32, initializer_range=0.2),
+        "text_config": Qwen2Config(**of_texts(tokenizer)),
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+    }
+
+
 def build_llava() -> tuple[ProcessorMixin, PreTrainedModel]:
     """Images of 28 pixels a side in four patches, whatever they were."""
     tokenizer = build_processor().tokenizer
@@ -126,15 +141,10 @@ def build_llava() -> tuple[ProcessorMixin, PreTrainedModel]:
     processor = LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
         tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE.replace(IN_TEMPLATE, "<image>"),
+        **LLAVA_READS,
     )
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**SMALL, **PATCHES, projection_dim=32, initializer_range=0.2),
-        text_config=Qwen2Config(**of_texts(tokenizer)),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        **llava_parts(tokenizer),
     )
     set_seed(0)
     return processor, LlavaForConditionalGeneration(config)
@@ -148,15 +158,10 @@ def build_llava_next() -> tuple[ProcessorMixin, PreTrainedModel]:
     processor = LlavaNextProcessor(
         LlavaNextImageProcessorPil(size=size, crop_size=crop, image_grid_pinpoints=forms),
         tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE.replace(IN_TEMPLATE, "<image>"),
+        **LLAVA_READS,
     )
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**SMALL, **PATCHES, projection_dim=32, initializer_range=0.2),
-        text_config=Qwen2Config(**of_texts(tokenizer)),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        **llava_parts(tokenizer),
         image_grid_pinpoints=forms,
     )
     set_seed(0)

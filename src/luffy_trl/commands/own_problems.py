@@ -42,8 +42,10 @@ def _load(args: argparse.Namespace) -> Dataset:
     assert isinstance(dataset, Dataset)  # nothing is streamed
     for column in RESERVED_COLUMNS:
         if column in dataset.column_names:
-            why = "reward functions get the responses' own by it. Rename it."
-            raise ValueError(f"--dataset_name {args.dataset_name} has a column {column!r}: {why}")
+            raise ValueError(
+                f"--dataset_name {args.dataset_name} has a column {column!r}: reward functions get the responses' own "
+                "by it. Rename it."
+            )
     return dataset
 
 

@@ -126,7 +126,7 @@ class OwnProblems:
                 rendered = self.reader.render(row, f"{self.where}, row {number}")
             except ValueError as error:
                 raise EvaluationError(str(error)) from error
-            if self.have_images and not self._images(number):
+            if self.have_images and not images_in(with_images(row)):
                 raise EvaluationError(
                     f"{self.where}, row {number}: the prompt has no image, and others have. Evaluate prompts with "
                     "images and prompts without one by one, each kind in a file of its own."

@@ -38,21 +38,35 @@ CHAIN_TEMPLATE = (
     "{% elif message.role == 'tool' %}={{ message.content }}{% else %}{{ message.content }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}|{% endif %}"
 )
-# How Transformers finds the calls in what the policy wrote
-RESPONSE_TEMPLATE: dict[str, Any] = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": OPENED,
-    "fields": {
-        "tool_calls": {
-            "open_pattern": r"(?P<name>[a-z]+)\(letter=",
-            "close_pattern": r"\)",
-            "repeats": True,
-            "content": "text",
-            "transform": {"type": "function", "function": {"name": "{name}", "arguments": {"letter": "{content}"}}},
+
+
+def response_template(argument: str, opened: str, end: str) -> dict[str, Any]:
+    """How Transformers finds the calls in what the policy wrote.
+
+    Args:
+        argument: the only one of each tool, a text.
+        opened, end: what opens an assistant's turn, and a pattern of what ends it.
+    """
+    return {
+        "defaults": {"role": "assistant"},
+        "start_anchor": opened,
+        "fields": {
+            "tool_calls": {
+                "open_pattern": rf"(?P<name>[a-z]+)\({argument}=",
+                "close_pattern": r"\)",
+                "repeats": True,
+                "content": "text",
+                "transform": {
+                    "type": "function",
+                    "function": {"name": "{name}", "arguments": {argument: "{content}"}},
+                },
+            },
+            "content": {"close_pattern": end, "content": "text"},
         },
-        "content": {"close_pattern": EOS_TOKEN, "content": "text"},
-    },
-}
+    }
+
+
+RESPONSE_TEMPLATE = response_template("letter", OPENED, EOS_TOKEN)
 
 
 @dataclass(frozen=True)
