@@ -18,7 +18,7 @@ MERGES = ["h a", "i s"]
 TURNS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
 
-def write_gguf(path, model, tokenizer, says):
+def write_gguf(path, model, tokenizer, says, parts=slice(None)):
     """As llama.cpp's converter writes a Qwen2: its names for the tensors, byte-level tokens, and what it `says`."""
     writer, config = GGUFWriter(path, "qwen2"), model.config
     writer.add_block_count(config.num_hidden_layers)
@@ -40,7 +40,7 @@ def write_gguf(path, model, tokenizer, says):
     for name, value in says.items():
         writer.add_uint32(f"tokenizer.ggml.{name}", value)
     names = get_tensor_name_map(MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in list(model.state_dict().items())[parts]:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         stem, kind = name.rsplit(".", 1)
@@ -94,6 +94,43 @@ def test_a_turn_ends_with_its_end_and_padding_hides_none(packed, tmp_path):
     assert "quantization_config" not in config
     assert (config["eos_token_id"], config["pad_token_id"]) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [tokenizer.eos_token_id]
+
+
+def test_generation_stops_where_the_file_says_that_turns_end(source, tmp_path):
+    path = write_gguf(tmp_path / "two.gguf", *source, {"eos_token_id": 2, "eot_token_id": 1, "padding_token_id": 0})
+    out = prepare(path, tmp_path / "out")
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 1]
+
+
+def test_a_former_end_pads_under_a_template_with_another(source, tmp_path):
+    """A base, which pads with the token that ends its texts."""
+    path = write_gguf(tmp_path / "base.gguf", *source, {"eos_token_id": 0, "eot_token_id": 0, "padding_token_id": 0})
+    out = prepare(path, tmp_path / "out", "--template", "chatml")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
+
+
+def test_a_template_whose_end_is_the_files_padding_gets_another(source, tmp_path):
+    path = write_gguf(tmp_path / "base.gguf", *source, {"eos_token_id": 0, "padding_token_id": 2})
+    tokenizer = AutoTokenizer.from_pretrained(prepare(path, tmp_path / "out", "--template", "chatml"))
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+
+
+def test_one_part_of_a_file_in_several_is_refused(source, tmp_path, capsys):
+    path = write_gguf(tmp_path / "a-00001-of-00002.gguf", *source, {"eos_token_id": 2}, parts=slice(0, 9))
+    lacks = len(source[0].state_dict()) - 9 - 1  # of a file without a head the embedding is taken for it
+    assert f"lacks {lacks} of the model's weights" in refused(path, tmp_path / "out", capsys)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_head_that_is_the_embedding_is_not_missing(source, tmp_path):
+    directory = save_tiny_qwen2(tmp_path / "tied", source[1], tie_word_embeddings=True)
+    tied = AutoModelForCausalLM.from_pretrained(directory)
+    packed = write_gguf(tmp_path / "tied.gguf", tied, source[1], {"eos_token_id": 2})
+    unpacked = AutoModelForCausalLM.from_pretrained(prepare(packed, tmp_path / "out"))
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(unpacked(ids).logits, tied(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_it_is_saved_loaded_and_saved_again(packed, tmp_path):

@@ -5,7 +5,9 @@ with the token that begins them, and may pad with the token that ends them, whic
 """
 
 import struct
+from collections.abc import Callable
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ ENDING = ".gguf"
 PADDING = (
     "<|endoftext|>", "<|end_of_text|>", "<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<unk>", "<|unk|>"
 )  # fmt: skip
+
+STOPS = ("eos_token_id", "eot_token_id")
 
 # What reading a file that is cut, damaged or of an unknown architecture comes to
 BROKEN = (
@@ -62,8 +66,16 @@ def gguf_path(model: str, file: str | None, revision: str | None) -> Path | None
     return path
 
 
-def unpack(path: Path, directory: Path, dtype: torch.dtype) -> dict[str, tuple[Any, Any]]:
+def unpack(
+    path: Path,
+    directory: Path,
+    dtype: torch.dtype,
+    end_of: Callable[[PreTrainedTokenizerBase], str] = attrgetter("eos_token"),
+) -> dict[str, tuple[Any, Any]]:
     """Write model and tokenizer of a GGUF file to a directory, as `from_pretrained` reads them.
+
+    Args:
+        end_of: the token that is to end an answer, which may be another than the file's, the default.
 
     Returns:
         {what: (before, after)} of what had to be put right.
@@ -75,12 +87,18 @@ def unpack(path: Path, directory: Path, dtype: torch.dtype) -> dict[str, tuple[A
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+        model, loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, output_loading_info=True)
     except BROKEN as error:
         raise ValueError(f"{path} cannot be read by Transformers: {' '.join(str(error).split())}") from error
-    changed = _set_tokens(tokenizer, _metadata(path), path)
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(
+            f"{path} lacks {len(missing)} of the model's weights ({missing[0]} is the first): merge a model in "
+            "several files to one with llama.cpp's gguf-split."
+        )
+    says = _metadata(path)
+    changed = _set_tokens(tokenizer, says, path, end_of)
     tokenizer.save_pretrained(directory)
-    _write_weights(model, tokenizer, directory)
+    _write_weights(model, tokenizer, [says[name] for name in STOPS if name in says], directory)
     return changed
 
 
@@ -88,21 +106,25 @@ def _metadata(path: Path) -> dict[str, Any]:
     """What the file says of its tokenizer, the vocabulary left out."""
     from gguf import GGUFReader
 
-    names = ("eos_token_id", "eot_token_id", "padding_token_id")
+    names = (*STOPS, "padding_token_id")
     fields = GGUFReader(path).fields
     found = {name: fields.get(f"tokenizer.ggml.{name}") for name in names}
     return {name: int(field.contents()) for name, field in found.items() if field is not None}
 
 
 def _set_tokens(
-    tokenizer: PreTrainedTokenizerBase, says: dict[str, int], path: Path
+    tokenizer: PreTrainedTokenizerBase,
+    says: dict[str, int],
+    path: Path,
+    end_of: Callable[[PreTrainedTokenizerBase], str],
 ) -> dict[str, tuple[str | None, str]]:
     """EOS as the file has it, and a padding token that ends nothing."""
     before = tokenizer.eos_token, tokenizer.pad_token
     if "eos_token_id" not in says:
         raise ValueError(f"{path} names no end of a turn (tokenizer.ggml.eos_token_id), without which nothing ends.")
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(says["eos_token_id"])
-    ends = {says["eos_token_id"], says.get("eot_token_id")}
+    # The file's EOS can pad where another token is to end answers
+    ends = {tokenizer.convert_tokens_to_ids(end_of(tokenizer))} | ({says.get("eot_token_id")} - {says["eos_token_id"]})
     padding = says.get("padding_token_id")
     if padding is None or padding in ends:
         known = tokenizer.get_vocab()
@@ -116,7 +138,7 @@ def _set_tokens(
     return {name: (b, a) for name, b, a in zip(names, before, after, strict=True) if b != a}
 
 
-def _write_weights(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def _write_weights(model: Any, tokenizer: PreTrainedTokenizerBase, stops: list[int], directory: Path) -> None:
     """The model made anew from configuration and weights: this one remembers that it was quantised."""
     values = model.config.to_dict()
     for name in ("quantization_config", "_model_name_or_path", "_name_or_path"):
@@ -128,4 +150,5 @@ def _write_weights(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Pa
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = GenerationConfig.from_model_config(config)
+    plain.generation_config.eos_token_id = stops
     plain.save_pretrained(directory)

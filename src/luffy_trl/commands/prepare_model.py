@@ -126,7 +126,8 @@ def prepare_model(args: argparse.Namespace) -> None:
         return
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-unpacked-") as directory:
-        changed = unpack(packed, Path(directory), getattr(torch, args.dtype or "float32"))
+        dtype = getattr(torch, args.dtype or "float32")
+        changed = unpack(packed, Path(directory), dtype, lambda tokenizer: _turns(args, tokenizer)[2])
         _prepare(args, output_dir, directory, None, changed)
 
 
@@ -140,11 +141,7 @@ def _prepare(
     config = AutoConfig.from_pretrained(model, revision=revision)
     tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
     changed |= extend_context(config, args.rope_theta, args.max_position_embeddings)
-    template = args.template or ("own" if tokenizer.chat_template else "chatml")
-    tokenizer.chat_template = chat_template(tokenizer, template, args.system_prompt, args.think)
-    end = args.eos_token or ("<|im_end|>" if template == "chatml" else tokenizer.eos_token)
-    if end not in tokenizer.get_vocab():
-        raise ValueError(f"--eos_token {end!r} is no token of this tokenizer.")
+    template, tokenizer.chat_template, end = _turns(args, tokenizer)
     changed["eos_token"] = (tokenizer.eos_token, end)
     source = _weights(model, revision)
 
@@ -160,6 +157,16 @@ def _prepare(
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(output_dir)
     _report(args, changed, template, output_dir, stops)
+
+
+def _turns(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """The chat template that is asked for, by name and as written, and the token that ends an answer under it."""
+    name = args.template or ("own" if tokenizer.chat_template else "chatml")
+    template = chat_template(tokenizer, name, args.system_prompt, args.think)
+    end = args.eos_token or ("<|im_end|>" if name == "chatml" else tokenizer.eos_token)
+    if end not in tokenizer.get_vocab():
+        raise ValueError(f"--eos_token {end!r} is no token of this tokenizer.")
+    return name, template, end
 
 
 def _weights(model: str, revision: str | None) -> Path:
