@@ -1,5 +1,7 @@
 """reasoning-gym as a source of problems: two splits without a common one, its own scorers, no Python in an answer."""
 
+import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -18,6 +20,7 @@ from luffy_trl.tasks.gym_reward import final_answer, reasoning_gym_reward, reaso
 from luffy_trl.tasks.gym_splits import LIMITS, ask
 
 
+MEASURED_ROWS = "5cfb8523abfa22086d82f182780406db0b9b26064dea5be94ceb9140bdea0636"
 SUMS = "reasoning_gym:chain_sum,min_terms=3,max_terms=3,max_digits=1"
 # A task that mixes others, and needs them named in a form of its own
 TASKS = sorted(set(DATASETS) - {"composite"})
@@ -52,10 +55,55 @@ def test_a_problem_is_the_same_in_every_process():
 
 
 def test_rows_are_the_librarys_problems():
-    row = split(f"{SUMS},size=3,seed=5")[0]
-    entry = create_dataset("chain_sum", min_terms=3, max_terms=3, max_digits=1, seed=5, size=500)[row["task_index"]]
+    row = split(f"{SUMS},size=3")[0]
+    entry = create_dataset("chain_sum", min_terms=3, max_terms=3, max_digits=1, seed=0, size=500)[row["task_index"]]
     assert row["prompt"][1]["content"] == entry["question"]
     assert row["solution"] == entry["answer"]
+
+
+def test_the_problems_of_measured_results_stay_what_they_are():
+    """Those of the data that benchmarks/results were measured on, whose seed is 0."""
+    splits = load_splits(
+        "reasoning_gym:chain_sum,min_terms=3,max_terms=3,max_digits=1,size=600,test_size=128,seed=0", ""
+    )
+    rows = json.dumps([splits["train"].to_list(), splits["test"].to_list()], sort_keys=True)
+    assert hashlib.sha256(rows.encode()).hexdigest() == MEASURED_ROWS
+    assert splits["train"][0]["task"].endswith(",seed=0")
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "gcd", "word_sequence_reversal"])
+def test_another_seed_has_other_problems(name):
+    """Where there are problems enough, even of a seed that is near: reasoning-gym's own seeds only shift the list."""
+    trained = set(questions(split(f"reasoning_gym:{name},size=400,test_size=0,seed=0")))
+    for seed in (1, 100):
+        tested = questions(split(f"reasoning_gym:{name},size=1,test_size=50,seed={seed}", "test"))
+        assert len(tested) == 50
+        assert len(trained.intersection(tested)) <= 1
+
+
+def test_seeds_are_far_apart_and_leave_numpy_room():
+    seeds = sorted(json.loads(parse_task(f"{SUMS},seed={seed}").source.rpartition("=")[2]) for seed in range(1000))
+    assert seeds[0] == 0
+    assert min(after - before for before, after in itertools.pairwise(seeds)) > 100_000
+    assert seeds[-1] < 2**31
+    [problem] = ask([{"source": parse_task("reasoning_gym:pool_matrix,seed=999").source, "index": 10_000_000}])
+    assert "question" in problem
+
+
+def test_no_problem_is_there_twice_in_other_words():
+    """The same program under two wordings, for one."""
+    texts = questions(split("reasoning_gym:bf,test_size=0,size=300"))
+    programs = [re.findall(r"[-+<>.,\[\]]{9,}", text)[0] for text in texts]
+    assert len(programs) == len(set(programs)) == 300
+
+
+@pytest.mark.parametrize("name", ["game_of_life", "modulo_grid", "sentence_reordering", "acre"])
+def test_problems_of_the_same_kind_are_not_taken_for_one(name):
+    """Their metadata says little or nothing of the problem, and answers come again."""
+    replies = ask([{"source": parse_task(f"reasoning_gym:{name}").source, "index": index} for index in range(60)])
+    asked = [" ".join(reply["question"].split()) for reply in replies]
+    rows = split(f"reasoning_gym:{name},size=1,test_size={len(set(asked))}", "test")
+    assert rows["task_index"] == sorted({question: asked.index(question) for question in asked}.values())
 
 
 @pytest.mark.parametrize("name", sorted(ORACLES))
@@ -143,6 +191,10 @@ def test_an_answer_that_hangs_its_scorer_is_wrong(monkeypatch):
         ("chain_sum,min_terms=4,max_terms=3", "max_terms must be >= min_terms"),
         ("chain_sum,min_terms=few", "not supported between"),
         ("chain_sum,min_terms=1,max_terms=1,max_digits=1", "different problems, but 1100 are asked for"),
+        (
+            "chain_sum,min_digits=1.5,max_digits=2,size=5,test_size=1",
+            "no problem can be made with these options (ValueError: non-",
+        ),
         ("chain_sum,size=0", "size=0 must be a whole number of 1 or more"),
         ("chain_sum,size", "'size' is no option"),
         ("", "names no task"),
@@ -154,6 +206,31 @@ def test_what_cannot_be_made_is_one_sentence(name, message, tmp_path, capsys, ti
         main(["train", *arguments, "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "False"])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("task", "index"), [(SUMS, -1), (SUMS, None), (SUMS, "x"), (SUMS, 1.0), (None, 1), ("reasoning_gym:chain_sun", 1)]
+)
+def test_what_names_no_problem_is_refused(task, index):
+    with pytest.raises(ValueError, match=r"is no problem of reasoning-gym|has no task chain_sun"):
+        reasoning_gym_reward(["\\boxed{1}"], task=[task], task_index=[index])
+
+
+def test_an_answer_to_a_problem_that_cannot_be_made_is_no_wrong_answer():
+    source = parse_task("reasoning_gym:chain_sum,min_digits=1.5,max_digits=2").source
+    with pytest.raises(ValueError, match=r"Row 0: reasoning-gym makes no problem of .* \(ValueError: non-"):
+        reasoning_gym_reward(["\\boxed{1}"], task=[source], task_index=[0])
+
+
+def test_problems_that_cannot_be_made_are_counted(capsys):
+    """Of words that few sentences have enough of."""
+    name = "reasoning_gym:letter_jumble,min_words=1,max_words=50,min_word_len=14,max_word_len=64,size=8,test_size=2"
+    splits = load_splits(name, name)
+    made = [*splits["test"]["task_index"], *splits["train"]["task_index"]]
+    sources = [{"source": splits["train"]["task"][0], "index": index} for index in range(made[-1])]
+    failed = sum("failed" in reply for reply in ask(sources))
+    assert failed > 0
+    assert f"{failed} problems could not be made, and were left out." in capsys.readouterr().out
 
 
 def test_a_dataset_without_its_columns_is_refused():

@@ -2,8 +2,9 @@
 
     reasoning_gym:chain_sum,min_terms=3,max_terms=3,max_digits=1,size=1000,test_size=100,seed=0
 
-`size` and `test_size` are problems of the two splits, which share none; `seed` is what they are made from. Every other
-option is a field of the task's configuration in reasoning-gym. Lists are written in brackets: `operators=["+","-"]`.
+`size` and `test_size` are problems of the two splits, which share none; each `seed` (below 2**31) has others. Every
+other option is a field of the task's configuration in reasoning-gym. Lists are written in brackets:
+`operators=["+","-"]`.
 """
 
 import json
@@ -17,11 +18,14 @@ SIZES = {"size": 1000, "test_size": 100}
 # Not within brackets
 COMMA = re.compile(r",(?![^\[]*\])")
 TASK_NAME = re.compile(r"[a-z0-9_]+")
+# reasoning-gym's problem i of seed s is often problem 0 of seed s + i: its seeds are far apart for ours that are near.
+# Odd, so that no two are the same; 0 stays 0; what numpy takes is left for the problems' numbers.
+SEED_FACTOR, SEEDS = 2654435761, 2**31
 
 
 @dataclass(frozen=True)
 class GymTask:
-    """`source` is what a problem is made of, beside its number: name, options and seed."""
+    """`source` is what a problem is made of, beside its number: name, options and reasoning-gym's seed."""
 
     name: str
     options: dict[str, Any]
@@ -30,7 +34,8 @@ class GymTask:
 
     @property
     def source(self) -> str:
-        written = (f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in sorted(self.options.items()))
+        options = self.options | {"seed": self.options["seed"] * SEED_FACTOR % SEEDS}
+        written = (f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in sorted(options.items()))
         return ",".join([PREFIX + self.name, *written])
 
 

@@ -49,9 +49,21 @@ class ReasoningGymReward:
             raise ValueError(
                 f"{self.__name__} needs the columns `task` and `task_index`: of datasets named reasoning_gym:TASK."
             )
+        for row, (source, index) in enumerate(zip(task, task_index, strict=True)):
+            if not isinstance(source, str) or type(index) is not int or index < 0:
+                raise ValueError(
+                    f"Row {row}: task={source!r} with task_index={index!r} is no problem of reasoning-gym: a dataset "
+                    "named reasoning_gym:TASK has its name in the one and a whole number of 0 or more in the other."
+                )
         answers = [final_answer(completion_text(completion)) for completion in completions]
         given = [i for i, answer in enumerate(answers) if answer is not None]
         replies = ask([{"source": task[i], "index": task_index[i], "answer": answers[i]} for i in given])
+        for i, reply in zip(given, replies, strict=True):
+            if "failed" in reply:
+                raise ValueError(
+                    f"Row {i}: reasoning-gym makes no problem of task={task[i]!r} with task_index={task_index[i]!r} "
+                    f"({reply['failed']}): both must be those of the dataset that it made."
+                )
         verdicts = dict(zip(given, replies, strict=True))
         if log_extra is not None:
             outcomes = [verdicts[i]["outcome"] if i in verdicts else "no answer" for i in range(len(answers))]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
 
@@ -39,23 +40,22 @@ def ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def gym_splits(name: str) -> dict[str, Dataset]:
     """The splits of `reasoning_gym:TASK,option=value,...`: "train", and "test" unless `test_size` is 0.
 
-    No problem is in both, nor twice in one. The test split does not depend on the training split's size.
+    No problem is in both, nor twice in one, nor in other words. The test split does not depend on the training split's
+    size.
 
     Raises:
-        ValueError: for a task or an option that there is not, or more problems than there are.
+        ValueError: for a task or an option that there is not, or that makes no problem, or too few.
     """
     task = parse_task(name)
     wanted = task.test_size + task.size
-    rows = []
-    with tqdm(total=wanted, desc=f"Making {task.name}", unit=" problems") as bar:
-        for row in _distinct(task, wanted):
-            rows.append(row)
-            bar.update()
+    rows, skipped = _distinct(task, wanted)
     if len(rows) < wanted:
         raise ValueError(
             f"{name} has hardly more than {len(rows)} different problems, but {wanted} are asked for: lower size "
             f"({task.size}) or test_size ({task.test_size}), or make the problems longer."
         )
+    if skipped:
+        PartialState().print(f"{name}: {skipped} problems could not be made, and were left out.")
     made = Dataset.from_list(rows)
     if not any(row["completion"] for row in rows):
         made = made.remove_columns("completion")
@@ -63,20 +63,36 @@ def gym_splits(name: str) -> dict[str, Dataset]:
     return {split: dataset for split, dataset in splits.items() if len(dataset)}
 
 
-def _distinct(task: GymTask, wanted: int) -> Iterator[dict[str, Any]]:
+def _distinct(task: GymTask, wanted: int) -> tuple[list[dict[str, Any]], int]:
+    """The rows of so many problems, or of as many as there are, and how many could not be made on the way."""
     seen: set[str] = set()
-    for start in range(0, PATIENCE * wanted + LEAST_PATIENCE, MADE_AT_ONCE):
+    rows: list[dict[str, Any]] = []
+    skipped = 0
+    with tqdm(total=wanted, desc=f"Making {task.name}", unit=" problems") as bar:
+        for index, problem in _problems(task, PATIENCE * wanted + LEAST_PATIENCE):
+            if "question" not in problem:  # its generator failed, or its worker ran out of time or memory
+                skipped += 1
+            elif seen.isdisjoint(problem["keys"]):
+                seen.update(problem["keys"])
+                rows.append(_row(problem, task.source, index))
+                bar.update()
+            if len(rows) == wanted:
+                break
+    return rows, skipped
+
+
+def _problems(task: GymTask, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """
+    Raises:
+        ValueError: if none of the first problems can be made.
+    """
+    for start in range(0, count, MADE_AT_ONCE):
         numbers = range(start, start + MADE_AT_ONCE)
-        for index, made in zip(
-            numbers, ask([{"source": task.source, "index": index} for index in numbers]), strict=True
-        ):
-            key = " ".join(made["question"].split()) if "question" in made else None
-            if key is None or key in seen:  # no problem: its worker ran out of time or memory
-                continue
-            seen.add(key)
-            yield _row(made, task.source, index)
-            if len(seen) == wanted:
-                return
+        made = ask([{"source": task.source, "index": index} for index in numbers])
+        if start == 0 and not any("question" in problem for problem in made):
+            reason = made[0].get("failed") or made[0]["outcome"]
+            raise ValueError(f"{task.source}: no problem can be made with these options ({reason}).")
+        yield from zip(numbers, made, strict=True)
 
 
 def _row(made: dict[str, Any], source: str, index: int) -> dict[str, Any]:

@@ -7,6 +7,8 @@ model's, as Python: they are given an `eval` that knows literals and arithmetic 
 
 import ast
 import difflib
+import hashlib
+import re
 import sys
 from dataclasses import fields
 from functools import lru_cache
@@ -22,6 +24,7 @@ from .gym_oracles import worked_solution
 
 # Some tasks are made of their dataset's size: it is the same for all, and of problems beyond it the seed moves on
 AT_ONCE = 20_000
+NUMBERS_AND_SIGNS = re.compile(r"\d+|[^\x00-\x7f]")
 
 LITERALS = (
     ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Load,
@@ -87,18 +90,36 @@ def dataset(source: str, chunk: int) -> Any:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """A problem, or the score of an answer to it; "error" if there is none."""
+    """A problem, or the score of an answer to it; "error" if there is no such task, "failed" without a problem."""
     chunk, index = divmod(request["index"], AT_ONCE)
     try:
         problems = dataset(request["source"], chunk)
     except ValueError as error:
         return {"error": str(error)}
-    entry = problems[index]
+    try:
+        entry = problems[index]
+    except Exception as error:  # many hands' work: not every option that a task takes is one it can work with
+        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     if "answer" in request:
         return score(problems, entry, request["answer"])
     solution = entry["answer"] if isinstance(entry["answer"], str) else None
     working = None if solution is None else worked_solution(parse_task(request["source"]).name, entry)
-    return {"question": entry["question"], "solution": solution, "working": working}
+    question = " ".join(entry["question"].split())
+    keys = [question, *content(entry, question)]
+    return {"question": entry["question"], "solution": solution, "working": working, "keys": keys}
+
+
+def content(entry: dict[str, Any], question: str) -> list[str]:
+    """What a problem has in common with itself in other words: what it is made of, its answer, numbers and signs.
+
+    Nothing, where all that is said of it are numbers, which may be no more than sizes.
+    """
+    said = {key: value for key, value in entry["metadata"].items() if not key.startswith("source_")}
+    said.pop("difficulty", None)
+    if all(isinstance(value, int | float) for value in said.values()):
+        return []
+    made_of = repr((said, entry["answer"], NUMBERS_AND_SIGNS.findall(question)))
+    return [hashlib.sha256(made_of.encode("utf-8", "surrogatepass")).hexdigest()]
 
 
 def score(problems: Any, entry: dict[str, Any], text: str) -> dict[str, Any]:
