@@ -33,6 +33,9 @@ from luffy_trl.tasks.letter_walk import build_tokenizer, split_walks, to_dataset
 from .run_two_processes import letters_reward
 
 
+# Seconds after which a process that a test has started is taken to be hung: no measure of its speed
+HUNG = 1200
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

@@ -13,6 +13,8 @@ from measuring import Machine, in_turn, spread, watched_machine
 from recorded import SMALL, Workload, make_model, make_trainer
 from update_phase import cpu_attention_flops
 
+from .conftest import HUNG
+
 
 ROOT = Path(__file__).parents[1]
 TINY_UPDATE = ["--prompts", 2, "--group_size", 2, "--micro_batch", 2, "--runs", 1, "--divide", 256]
@@ -66,7 +68,7 @@ def test_a_benchmark_shows_progress(tmp_path, script, arguments, bars, table):
         [str(part) for part in command],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HUNG,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         check=False,
     )

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from .conftest import HUNG
 from .tiny_vlm import build_model, build_processor
 
 
@@ -76,7 +77,7 @@ def launch(config: Path, processes: int, script: str, *arguments) -> str:
         [str(part) for part in command],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=HUNG,
         env=os.environ | {"DS_ACCELERATOR": "cpu"},
         check=False,
     )

@@ -17,6 +17,7 @@ from trl import GRPOConfig
 from luffy_trl import LuffyConfig
 from luffy_trl.commands.inputs import LuffyScriptArguments
 
+from .conftest import HUNG
 from .test_train_script import build_text_model
 
 
@@ -78,7 +79,7 @@ def test_the_quickstart_goes_from_a_table_to_a_trained_model(tmp_path):
         code = re.sub(r"^luffy-trl ", f"{shlex.quote(sys.executable)} -m luffy_trl ", code, flags=re.MULTILINE)
         command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
         result = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HUNG, check=False
         )
         assert result.returncode == 0, code + result.stdout + result.stderr
         if "train" in code and language == "bash":

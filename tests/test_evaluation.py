@@ -29,7 +29,7 @@ from luffy_trl.evaluation.scoring import judge_responses
 from luffy_trl.evaluation.tables import Summary, summarize
 from luffy_trl.evaluation.templates import TEXT_TEMPLATES
 
-from .conftest import SAID
+from .conftest import HUNG, SAID
 
 
 @pytest.fixture
@@ -111,6 +111,8 @@ def test_the_six_mathematics_tasks_run_and_their_scores_equal_a_recount(shared_d
     assert f"{average:.1f} ±" in line
     assert "LUFFY (paper)" in printed
     assert "50.1" in printed
+    [repaired] = [line.split() for line in printed.splitlines() if line.startswith("SFT + RL, repaired")]
+    assert repaired[-7:] == ["-"] * 6 + ["57.0"]
     assert "| LUFFY (paper) |" in (output / "results.md").read_text()
 
 
@@ -145,7 +147,7 @@ def test_interrupted_and_killed_runs_go_on_where_they_were(model_dir, data_file,
         while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < number):
             time.sleep(0.01)
         process.send_signal(kill)
-        process.out, process.err = process.communicate(timeout=60)
+        process.out, process.err = process.communicate(timeout=HUNG)
         return process
 
     interrupted = run_until(2, signal.SIGINT)
@@ -393,8 +395,10 @@ def test_an_average_counts_benchmarks_the_same_and_needs_all_of_them():
 def test_the_papers_rows_have_the_averages_that_are_printed_with_them():
     catalog = Catalog()
     rows = paper_rows()
-    assert len(rows) == 7
-    for line in rows:
+    assert len(rows) == 8
+    *whole, repaired = rows
+    assert (repaired.name, repaired.scores) == ("SFT + RL, repaired (2604.23747)", {"luffy_math": 57.0})
+    for line in whole:
         for group in catalog.groups.values():
             if group.name in line.scores:
                 mean = sum(line.scores[name] for name in group.benchmarks) / len(group.benchmarks)

@@ -17,6 +17,8 @@ from luffy_trl.evaluation.launching import stand_alone
 from luffy_trl.evaluation.lines import Sample
 from luffy_trl.evaluation.samples import SampleStore
 
+from .conftest import HUNG
+
 
 SETTINGS = {"model": "m", "data": {"t": "1"}}
 
@@ -253,7 +255,7 @@ def test_two_processes_give_the_table_of_one(launched, alone, speaking_model, da
         processes = [start(arguments, [*torchrun, "-m", "luffy_trl"])]
     else:
         processes = [start(arguments), start(arguments)]
-    outputs = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=HUNG) for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
     said = "".join(out for out, _ in outputs)
     assert said.count("± one standard error over problems") == 1  # one of them scores
@@ -276,7 +278,7 @@ def test_what_a_killed_process_left_is_made_by_the_other_or_by_the_next(alone, s
         assert first.poll() is None
         time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
-    first.communicate(timeout=60)
+    first.communicate(timeout=HUNG)
     kept = {(s["doc_id"], s["repeat"]): s["response"] for s in lines_in(output)}
     assert 0 < len(kept) < 240
     main(arguments)

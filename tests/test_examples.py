@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
+from .conftest import HUNG
 from .hub_server import HubServer
 from .teacher_server import Reply, TeacherServer
 from .test_train_script import build_text_model
@@ -162,7 +163,7 @@ def test_a_model_is_evaluated_and_pushed_with_its_results(model):
     with HubServer() as hub:
         result = subprocess.run(
             [str(part) for part in command], env=os.environ | hub.environment(), capture_output=True, text=True,
-            timeout=300, check=False,
+            timeout=HUNG, check=False,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
     [judged] = ModelCard(hub.model("judged").at()["README.md"].decode()).data.eval_results

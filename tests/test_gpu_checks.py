@@ -11,6 +11,8 @@ import pytest
 import torch
 from recorded import SMALL, Workload
 
+from .conftest import HUNG
+
 
 ROOT = Path(__file__).parents[1]
 WORK = Workload(prompts=1, group_size=3, micro_batch=3, divide=256)
@@ -63,7 +65,7 @@ def test_without_a_gpu_it_skips_with_a_sentence():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HUNG,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         check=False,
     )

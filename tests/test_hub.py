@@ -32,6 +32,7 @@ from luffy_trl.hub.upload import Push, check_weights, is_pushed
 from luffy_trl.runs.recipe import as_yaml, given_fields, shown_command
 from luffy_trl.runs.redaction import holds_secret, known_secrets, redact, redact_command, redact_values
 
+from .conftest import HUNG
 from .hub_server import PUSH_ENDPOINTS, TOKEN, HubServer
 from .run_hub import FAULTS
 
@@ -42,7 +43,7 @@ NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nothing listens there
 
 def run(hub: HubServer, *command, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, cwd=ROOT, check=False,
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=HUNG, cwd=ROOT, check=False,
         env=os.environ | hub.environment() | environment,
     )  # fmt: skip
 
@@ -65,7 +66,7 @@ def cases(tiny_model_dir, tmp_path_factory) -> list[dict]:
     directory = tmp_path_factory.mktemp("hub")
     command = [sys.executable, "-m", "tests.run_hub", tiny_model_dir, directory]
     run_ = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=400, cwd=ROOT, check=False,
+        [str(part) for part in command], capture_output=True, text=True, timeout=HUNG, cwd=ROOT, check=False,
         env=os.environ | {"HF_HOME": str(directory / "home")},
     )  # fmt: skip
     assert run_.returncode == 0, run_.stderr[-3000:]

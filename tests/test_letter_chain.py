@@ -22,6 +22,8 @@ from luffy_trl.tasks.letter_chain import (
 )
 from luffy_trl.tasks.letter_chain_base import ChainRows, turns
 
+from .conftest import HUNG
+
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -91,7 +93,7 @@ def test_grpo_stays_at_zero_and_luffy_learns_from_trajectories(tmp_path):
     command = [sys.executable, BENCHMARKS / "tool_learning.py", "--seeds", 0, "--steps", 15, "--workers", 1]
     for flag, path in [("--output", "r.json"), ("--log", "runs.jsonl"), ("--bases", "bases"), ("--docs", ".")]:
         command += [flag, tmp_path / path]
-    subprocess.run([str(part) for part in command], check=True, timeout=1200, capture_output=True)
+    subprocess.run([str(part) for part in command], check=True, timeout=HUNG, capture_output=True)
     runs = {run["method"]: run for run in json.loads((tmp_path / "r.json").read_text())["runs"]}
     assert runs["GRPO"]["accuracy"] == 0
     assert sum(runs["GRPO"]["calls"]) < 0.05

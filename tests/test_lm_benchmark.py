@@ -40,8 +40,16 @@ def test_a_real_models_runs_are_all_different_and_rates_have_a_seed_of_their_own
     measured = {job.method for job in jobs if job.rate is None} - {"base"}
     assert measured - set(lm.LONG) <= set(known_methods())
     for method in measured:
-        for regime in lm.REGIMES:
+        for regime in ("cold",) if method == "luffy_log" else lm.REGIMES:
             assert [job.seed for job in jobs if (job.regime, job.method, job.rate) == (regime, method, None)] == [0, 1]
+
+
+def test_a_method_without_rates_of_its_own_takes_the_rate_of_its_kind(lm, tmp_path):
+    path = tmp_path / "results.json"
+    trials = [run(m, 7, 0.5, rate=r, chooses_rate=True) for m, r in (("luffy", 1e-5), ("sft", 3e-5), ("grpo", 1e-4))]
+    path.write_text(json.dumps({"runs": trials}))
+    rates = {method: lm.Results(path).rate(lm.Job("warm", method, 0)) for method in ("prefix", "rl_sft", "grpo")}
+    assert rates == {"prefix": 1e-5, "rl_sft": 3e-5, "grpo": 1e-4}
 
 
 def test_a_method_of_as_many_seconds_has_as_many_more_steps(lm, tmp_path):

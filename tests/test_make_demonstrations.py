@@ -23,7 +23,7 @@ from luffy_trl.runs.lock import alone_in
 from luffy_trl.runs.stopping import STOPPED_STATUS
 from luffy_trl.teaching.selection import Rejection
 
-from .conftest import save_tiny_qwen2
+from .conftest import HUNG, save_tiny_qwen2
 from .hub_server import TOKEN, HubServer
 from .teacher_server import KEY, Reply, TeacherServer
 
@@ -503,7 +503,7 @@ def test_a_killed_run_goes_on_and_asks_for_nothing_twice(make, problems, tmp_pat
             while process.poll() is None and len(answers_in(output)) < wanted:
                 time.sleep(0.01)
             process.send_signal(how)
-            process.out, process.err = process.communicate(timeout=60)
+            process.out, process.err = process.communicate(timeout=HUNG)
             return process
 
         killed = run_until(10, signal.SIGKILL)

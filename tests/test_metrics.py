@@ -96,6 +96,11 @@ def test_push_and_pull_are_weights_times_what_a_token_can_still_move():
 
 def test_a_cold_start_is_said_once_it_has_lasted():
     watch = ColdStart()
+    assert not watch.look(500, solve_none=1.0, push_to_pull=10.0)  # the first since a resumption
+    assert not watch.look(519, solve_none=1.0, push_to_pull=10.0)
+    assert watch.look(520, solve_none=1.0, push_to_pull=10.0)
+    watch = ColdStart()
+    assert not watch.look(0, solve_none=1.0, push_to_pull=10.0)
     assert not watch.look(19, solve_none=1.0, push_to_pull=10.0)
     assert watch.look(20, solve_none=1.0, push_to_pull=10.0)
     assert not watch.look(20, solve_none=1.0, push_to_pull=2.0)

@@ -19,7 +19,7 @@ from luffy_trl.runs.checkpoints import UNFINISHED_DIR, checkpoints, damage
 from luffy_trl.runs.evaluations import EvaluationSetsMixin
 from luffy_trl.runs.mixin import WholeCheckpointMixin
 
-from .conftest import SMALL_RUN
+from .conftest import HUNG, SMALL_RUN
 from .hub_server import TOKEN, HubServer
 from .run_two_processes import letters_reward
 from .test_padding import SHAPE, assert_same_steps, step_gradients
@@ -218,7 +218,7 @@ def test_a_plain_trainer_pushes_its_model_and_its_checkpoints(tiny_model_dir, tm
     with HubServer() as hub:
         result = subprocess.run(
             [sys.executable, "-m", "tests.run_plain_push", tiny_model_dir, tmp_path / "plain"],
-            capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1], check=False,
+            capture_output=True, text=True, timeout=HUNG, cwd=Path(__file__).parents[1], check=False,
             env=os.environ | hub.environment(),
         )  # fmt: skip
         assert result.returncode == 0, result.stderr[-3000:]

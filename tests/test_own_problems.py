@@ -220,6 +220,17 @@ def test_templates_and_the_system_prompt(speaking_model, data, tmp_path, capsys)
     assert "its chat template is not used" in capsys.readouterr().out
 
 
+def test_prompts_are_rendered_with_and_without_thinking(speaking_model, data, tmp_path):
+    model = shutil.copytree(speaking_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template += "{{ 'deep' if enable_thinking else 'short' }}"
+    tokenizer.save_pretrained(model)
+    for says, end in (("True", "deep"), ("False", "short")):
+        flags = {"model_args": f"enable_thinking={says}", "temperature": 0, "limit": 1}
+        main(options(model, data, tmp_path / end, **flags))
+        assert samples_in(tmp_path / end)[0]["prompt"].endswith(f"<think>\n{end}")
+
+
 def test_the_test_split_of_a_directory_and_the_embedded_task(speaking_model, tiny_model_dir, tmp_path, capsys):
     write(tmp_path / "both" / "train.jsonl", ROWS)
     write(tmp_path / "both" / "test.jsonl", ROWS[:1])

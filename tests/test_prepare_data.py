@@ -268,17 +268,19 @@ def test_the_sources_verdicts_can_be_trusted(tmp_path):
 # The user's own columns
 
 
-def test_own_columns_stay_texts_and_lists_become_several(tmp_path):
+def test_own_columns_stay_texts_and_lists_become_several(tmp_path, capsys):
     rows = [
         {"question": "1 + 1?", "steps": ["No answer here.", "So \\boxed{2}"], "result": 2, "source": "me", "id": 7},
         {"question": "2 + 2?", "steps": ["\\boxed{5}"], "result": 4, "source": None, "id": 8},
     ]
+    rows = [row | {"unit": "m", "level": 1} for row in rows]
     own = ["--prompt_column", "question", "--demonstration_column=steps", "--solution_column=result"]
     prepare(write(tmp_path / "train.jsonl", rows), tmp_path / "out", *own)
     kept, dropped = result(tmp_path / "out")
     expected = {"prompt": "1 + 1?", "demonstrations": ["So \\boxed{2}"], "solution": "2", "source": "me", "id": "7"}
     assert kept == [expected]
     assert dropped == {1: "not verified"}
+    assert "Columns that are left out: level, unit\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from luffy_trl.evaluation import EvaluationError
 from luffy_trl.evaluation.publishing import Publisher
 from luffy_trl.hub.errors import PushError
 
+from .conftest import HUNG
 from .hub_server import TOKEN, HubServer, Repo
 from .test_train_script import build_text_model
 
@@ -192,7 +193,7 @@ def test_an_evaluation_on_a_dataset_of_the_hub_is_published(hub, tmp_path):
 
     def evaluate() -> subprocess.CompletedProcess:
         return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HUNG, check=False
         )
 
     hub.fault("commit", status=400)

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +18,8 @@ from luffy_trl.commands.cli import main
 from luffy_trl.commands.compare import Comparison, build_parser
 from luffy_trl.commands.inputs import LuffyScriptArguments, check_arguments, check_dataset_arguments
 from luffy_trl.commands.sft import LuffySFTConfig
+from luffy_trl.comparing.methods import known_methods
+from luffy_trl.comparing.plan import Plan, field_names
 
 
 ROOT = Path(__file__).parents[1]
@@ -232,7 +235,10 @@ def test_the_paper_and_its_baselines_are_one_command(bases, openr1, tmp_path):
     )
     small += "--steps_per_generation 1 --max_completion_length 128 --max_steps 2 --save_strategy no --report_to none"
     argv += [*small.split(), *CPU, "--generation_kwargs", '{"max_new_tokens": 16}', "--output_dir", str(tmp_path)]
-    argv += ["--model_name_or_path", str(bases["Qwen/Qwen2.5-7B-Instruct"]), "--dataset_name", str(openr1)]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        shutil.copy(openr1, tmp_path / "data" / f"{split}.jsonl")
+    argv += ["--model_name_or_path", str(bases["Qwen/Qwen2.5-7B-Instruct"]), "--dataset_name", str(tmp_path / "data")]
     args, overrides = build_parser("compare").parse_known_args(argv)
     comparison = Comparison(args, overrides)
     assert [method.name for method in comparison.methods] == args.methods
@@ -250,6 +256,19 @@ def test_the_paper_and_its_baselines_are_one_command(bases, openr1, tmp_path):
             assert (Path(recipe["output_dir"]) / "model.safetensors").is_file()
 
 
+def test_methods_of_the_paper_have_their_published_lengths(tmp_path):
+    """As the recipes of one method each. 2 steps are a generation: 500 are 1000 steps, 50 are 100."""
+    luffy, rl = (FIELDS[ROOT / "recipes" / f"{kind}_qwen2.5_math_7b.yaml"] for kind in ("luffy", "sft_then_rl"))
+    methods = known_methods(ROOT / "recipes" / "methods" / "paper.yaml")
+    assert {"grpo", "sft", "sft_then_rl", "sft_then_short_rl"} <= set(methods)
+    plan = Plan(luffy, "base", tmp_path, None, field_names(LuffyScriptArguments, LuffySFTConfig, ModelConfig))
+    for run in plan.runs([methods[name] for name in ("sft_then_rl", "sft_then_short_rl")], [0], {})[1:]:
+        recipes = [plan.stage_recipe(run, number) for number in (0, 1)]
+        check_lengths(run.name, recipes)
+        assert all(recipes[1][name] == rl[name] for name in ("epsilon", "epsilon_high", "entropy_coef"))
+    assert (luffy["max_steps"], rl["max_steps"]) == (1000, 1000)
+
+
 def check_lengths(method: str, recipes: list[dict]) -> None:
     """SFT has its own rate and epochs, not the recipe's, with which it would be a weak baseline."""
     for recipe in recipes:
@@ -260,5 +279,7 @@ def check_lengths(method: str, recipes: list[dict]) -> None:
     if method.startswith("sft_then"):
         assert recipes[1]["model_name_or_path"] == recipes[0]["output_dir"]
         assert recipes[1]["num_demonstrations"] == 0
+    if method == "sft_then_rl":
+        assert (recipes[1]["max_steps"], recipes[1]["learning_rate"]) == (1000, 1e-6)
     if method == "sft_then_short_rl":
         assert (recipes[1]["max_steps"], recipes[1]["learning_rate"]) == (100, 5e-6)

@@ -24,7 +24,7 @@ from luffy_trl.commands.cli import main
 from luffy_trl.runs.checkpoints import UNFINISHED_DIR, checkpoints, damage, find_checkpoint, newest_complete
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
-from .conftest import SMALL_RUN
+from .conftest import HUNG, SMALL_RUN
 
 
 ROOT = Path(__file__).parents[1]
@@ -60,9 +60,9 @@ def start(arguments: list[str], launcher: tuple[str, ...] = (), **options) -> su
     )  # fmt: skip
 
 
-def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Until the condition holds, the process ends, or time is up."""
-    end = time.monotonic() + seconds
+def wait_until(condition, process: subprocess.Popen) -> None:
+    """Until the condition holds, the process ends, or it is hung."""
+    end = time.monotonic() + HUNG
     while not condition() and process.poll() is None:
         assert time.monotonic() < end, "the process neither ends nor gets there"
         time.sleep(0.001)
@@ -173,7 +173,7 @@ def test_a_run_killed_again_and_again_finishes(arguments, tmp_path):
                 assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] > 0
     assert during_a_save > 0
     process = start(command)
-    output = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=HUNG)[0]
     assert process.returncode == 0, output
     state = json.loads((out / f"checkpoint-{steps}" / "trainer_state.json").read_text())
     assert [line["step"] for line in state["log_history"] if "loss" in line] == list(range(1, steps + 1))
@@ -188,7 +188,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(arguments, tmp_path
     process = start(arguments(max_steps=1000, save_strategy="steps", save_steps=20))
     wait_until((out / "checkpoint-20").is_dir, process)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=HUNG)[0]
     assert process.returncode == 75, output
     [stopped, *_] = checkpoints(out)
     step = int(stopped.name.removeprefix("checkpoint-"))
@@ -210,7 +210,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(arguments, tmp_path
     process.send_signal(signal.SIGINT)
     time.sleep(1.5)
     process.send_signal(signal.SIGINT)
-    output = "".join(lines) + process.communicate(timeout=60)[0]
+    output = "".join(lines) + process.communicate(timeout=HUNG)[0]
     assert process.returncode == -signal.SIGINT, output
     assert f"Resuming from {stopped}" in output
     assert checkpoints(out)[0] == stopped
@@ -247,17 +247,17 @@ def test_two_processes_stop_together_and_one_that_dies_ends_the_other(arguments,
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
 
     process = start(flags, launcher, env=environment, start_new_session=True)
-    wait_until((out / "checkpoint-5").is_dir, process, seconds=300)
+    wait_until((out / "checkpoint-5").is_dir, process)
     worker(process, rank=1).send_signal(signal.SIGTERM)  # one of them is enough
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=HUNG)[0]
     [stopped, *_] = checkpoints(out)
     assert damage(stopped) is None
     assert f"Stopped on SIGTERM, saved {stopped.name}." in output
 
     process = start(flags, launcher, env=environment, start_new_session=True)
-    wait_until(lambda: checkpoints(out)[0] != stopped, process, seconds=300)
+    wait_until(lambda: checkpoints(out)[0] != stopped, process)
     worker(process, rank=1).kill()
-    output = process.communicate(timeout=120)[0]  # the bounded time is the test
+    output = process.communicate(timeout=HUNG)[0]  # the bounded time is the test
     assert process.returncode != 0
     assert f"Resuming from {stopped}" in output
     assert "Signal 9 (SIGKILL)" in output
@@ -278,10 +278,10 @@ def test_a_quiet_launcher_leaves_the_last_line_to_the_run(arguments, tmp_path):
         "no",
     )
     process = start(arguments(max_steps=1000), launcher)
-    wait_until((tmp_path / "out" / "checkpoint-1").is_dir, process, seconds=300)
+    wait_until((tmp_path / "out" / "checkpoint-1").is_dir, process)
     [run] = psutil.Process(process.pid).children()
     run.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=HUNG)[0]
     assert "Stopped on SIGTERM, saved checkpoint-" in output.splitlines()[-1]
     assert output.splitlines()[-1].endswith("with --resume_from_checkpoint auto goes on from there.")
     assert process.returncode == 1
@@ -298,9 +298,9 @@ def test_without_a_launcher_both_processes_report_that_they_were_stopped(argumen
     processes = [
         start(flags, env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
     ]
-    wait_until((tmp_path / "out" / "checkpoint-2").is_dir, processes[0], seconds=300)
+    wait_until((tmp_path / "out" / "checkpoint-2").is_dir, processes[0])
     processes[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=HUNG)[0] for process in processes]
     assert [process.returncode for process in processes] == [75, 75], outputs
     [stopped, *_] = checkpoints(tmp_path / "out")
     assert damage(stopped) is None
@@ -317,14 +317,14 @@ def test_two_processes_without_sharding_resume_to_the_same_weights(arguments, tm
         max_steps=2, per_device_train_batch_size=4, lr_scheduler_type="constant", resume_from_checkpoint="auto"
     )
     process = start(flags, launcher)
-    output = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=HUNG)[0]
     assert process.returncode == 0, output
     whole = load_file(out / "model.safetensors")
 
     shutil.rmtree(out / "checkpoint-2")
     (out / "model.safetensors").unlink()
     process = start(flags, launcher)
-    output = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=HUNG)[0]
     assert process.returncode == 0, output
     assert f"Resuming from {out / 'checkpoint-1'}" in output
     resumed = load_file(out / "model.safetensors")
@@ -364,7 +364,7 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(arguments, tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
 
     process = start(arguments(max_steps=3, resume_from_checkpoint="auto"), preexec_fn=limit_files)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=HUNG)[0]
     assert process.returncode == 1, output
     assert "File too large" in output
     assert "Raised while checkpoint-2 was saved. Earlier checkpoints are as they were." in output

@@ -12,7 +12,7 @@ import pytest
 
 from luffy_trl.runs.checkpoints import checkpoints, damage
 
-from .conftest import SMALL_RUN
+from .conftest import HUNG, SMALL_RUN
 
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ def test_a_job_that_runs_out_of_time_saves_a_checkpoint_and_is_queued_again(clus
     for task in psutil.Process(job.pid).children(recursive=True):
         if "train.py" in task.cmdline():  # the job's shell gets no signal
             task.terminate()
-    output = job.communicate(timeout=120)[0]
+    output = job.communicate(timeout=HUNG)[0]
     assert job.returncode == 75, output
     assert (tmp_path / "requeued").read_text() == "7\n"
     [stopped, *_] = checkpoints(tmp_path / "out")
@@ -126,7 +126,7 @@ def test_the_server_lives_until_the_run_has_answered_the_signal(cluster, tmp_pat
     flags = "--config r.yaml --use_vllm True --vllm_mode server --vllm_server_host server --vllm_server_timeout 900"
     assert said == [f"{rank} 2 {flags} --resume_from_checkpoint auto\n" for rank in range(2)]
     job.terminate()  # the job's shell alone, as `--signal=B:` has it
-    job.communicate(timeout=60)
+    job.communicate(timeout=HUNG)
     assert job.returncode == 75
     assert (tmp_path / "requeued").read_text() == "7\n"
     assert (

@@ -126,6 +126,21 @@ def test_the_trainer_of_a_finished_run_has_what_was_learned(arguments, tmp_path,
     assert trainers[1].state.global_step == 2
 
 
+def test_tokens_of_sft_before_a_resumption_count(arguments, tmp_path):
+    """Also those since the last log, in the log and towards the budget."""
+
+    def logged(*flags: str) -> list[tuple[int, float]]:
+        main([*arguments("sft", logging_steps=2), *flags])
+        state = json.loads((Path(flags[1]) / "trainer_state.json").read_text())
+        return [(log["step"], log["num_tokens"]) for log in state["log_history"] if "num_tokens" in log]
+
+    at_once = logged("--output_dir", str(tmp_path / "at_once"), "--max_steps", "4")
+    assert [step for step, _ in at_once] == [2, 4]
+    resumed = ["--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", "auto"]
+    logged(*resumed, "--max_steps", "3")
+    assert logged(*resumed, "--max_steps", "8", "--token_budget", str(int(at_once[-1][1]))) == at_once
+
+
 def test_a_finished_epoch_is_finished_and_more_steps_go_on(arguments, tmp_path, capsys):
     main(arguments(max_steps=8, resume_from_checkpoint="auto"))
     before = contents(tmp_path / "out")

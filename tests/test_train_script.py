@@ -18,6 +18,8 @@ from luffy_trl.commands.sft import to_prompt_completion
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 from luffy_trl.tasks.letter_walk_base import accuracy
 
+from .conftest import HUNG
+
 
 ROOT = Path(__file__).parents[1]
 ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -26,7 +28,7 @@ CPU = ["--use_cpu", "--bf16", "False"]
 
 def run(*command, cwd=ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, cwd=cwd, check=False
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=HUNG, cwd=cwd, check=False
     )
 
 
@@ -303,6 +305,24 @@ def test_sft_takes_every_demonstration_once():
     assert to_prompt_completion(rows)[0]["completion"] == message
     with pytest.raises(ValueError, match="Row 0: `completion` is empty"):
         to_prompt_completion(Dataset.from_dict({"prompt": ["a"], "completion": [" "]}))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("image", "squares.png"),
+        ("images", ["squares.png"]),
+        ("prompt", [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "b"}]}]),
+    ],
+)
+def test_sft_refuses_images(column, value):
+    texts = {"prompt": [{"role": "user", "content": "a"}], "completion": "1"}
+    if column == "prompt":
+        texts["prompt"] = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    rows = Dataset.from_list([texts | ({} if column == "prompt" else {column: None}), texts | {column: value}])
+    assert len(to_prompt_completion(rows.select([0]))) == 1
+    with pytest.raises(ValueError, match=f"Row 1: `{column}` has an image, and luffy-trl sft trains on texts alone"):
+        to_prompt_completion(rows)
 
 
 def test_sft_then_rl(tiny_model_dir, tmp_path, capsys):

@@ -553,6 +553,15 @@ def test_a_cold_start_is_warned_of(make_trainer, walks, caplog):
         assert all(push > 3 for push in pushes) if warned else pushes == [0.0] * 22
 
 
+def test_a_cold_start_is_warned_of_where_rollouts_are_trained_on_twice(make_trainer, walks, caplog):
+    """Every second log has no generation, which is no sign of a right rollout."""
+    options = {"reward": only_the_last_of_four, "max_steps": 24, "learning_rate": 1e-6, "steps_per_generation": 2}
+    trainer = make_trainer(walks.select(range(8)), **options)
+    trainer.train()
+    assert len([log for log in trainer.state.log_history if "groups/solve_none" in log]) == 12
+    assert "No rollout has been right for a while" in caplog.text
+
+
 def test_padding_has_no_say(make_trainer, walks):
     trainer = make_trainer(walks.select(range(2)))
     trainer.current_gradient_accumulation_steps = 1

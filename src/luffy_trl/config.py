@@ -158,7 +158,7 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, GuidanceConfig, PaddingFr
     replay_capacity: int = field(
         default=100_000,
         metadata={
-            "help": "Trajectories that all processes together keep, at 6 bytes a token and some overhead; then the "
+            "help": "Solutions that all processes together keep, at 6 bytes a token and some overhead; then the "
             "oldest goes. Default 100000: 1.6 GB, measured, where they have 2000 tokens."
         },
     )

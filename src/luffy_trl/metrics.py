@@ -177,19 +177,21 @@ class ColdStart:
     """Whether a run goes on without a right rollout while its rollouts are pushed down harder than it is led up.
 
     Attributes:
-        since: the optimizer step after which no rollout has been right.
+        since: the optimizer step after which no rollout has been right; None before the first look.
     """
 
-    since: int = 0
+    since: int | None = None
 
     def look(self, step: int, solve_none: float, push_to_pull: float) -> bool:
         """Whether that has lasted long enough to be said, after the optimizer step `step`.
+
+        The steps before the first look, as those before a resumption, are of unknown rollouts.
 
         Args:
             solve_none: share of the groups without a right rollout.
             push_to_pull: of `cold_start_sums`, 0 where nothing pulls.
         """
-        if solve_none < 1:
+        if solve_none < 1 or self.since is None:
             self.since = step
         return push_to_pull > HARD_PUSH and step - self.since >= COLD_STEPS
 

@@ -402,9 +402,10 @@ class LuffyTrainer(
         if self.model.training:
             metrics = self._metrics["train"]
             means = self._means.take()
-            unsolved = metrics.get("groups/solve_none", [0.0])
-            if self._cold_start.look(self.state.global_step, min(unsolved), means.get("groups/push_to_pull", 0.0)):
-                logger.warning_once(COLD_START)
+            if unsolved := metrics.get("groups/solve_none"):  # none where rollouts of an earlier log are trained on
+                step, push_to_pull = self.state.global_step, means.get("groups/push_to_pull", 0.0)
+                if self._cold_start.look(step, min(unsolved), push_to_pull):
+                    logger.warning_once(COLD_START)
             if steps := len(metrics.get("step_time", [])):  # TRL adds one for each optimizer step
                 means |= self._stopwatch.take(steps)
             metrics.update({name: [value] for name, value in means.items()})

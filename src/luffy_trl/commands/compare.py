@@ -1,43 +1,42 @@
 """`luffy-trl compare`: several methods on the same data, from the same base, for as many steps or tokens."""
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import yaml
 from datasets import DatasetDict
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from ..comparing import ComparisonError
 from ..comparing.methods import chosen, known_methods
 from ..comparing.plan import Plan, PlannedRun, Recipe, TestSet, field_names
 from ..comparing.results import Measured, chosen_rates, result, table, write
 from ..comparing.stages import GREEDY, SAMPLED, USAGE_STATUS, Commands, Processes, StageError
-from ..config import LuffyConfig
 from ..runs.lock import alone_in
-from .inputs import (
-    EMBEDDED_TASK,
-    LuffyScriptArguments,
-    base_model,
-    check_arguments,
-    check_dataset_arguments,
-    load_dataset_splits,
+from ..runs.written import ENVIRONMENT, written_fields
+from .comparable import (
+    HELD_OUT,
+    StageArguments,
+    as_fields,
+    check_data,
+    check_fields,
+    check_flags,
+    parsed_stage,
+    read_test_sets,
+    taken_budget,
 )
-from .recipes import apply_recipe, written_fields, written_value
+from .inputs import EMBEDDED_TASK, LuffyScriptArguments, base_model, load_dataset_splits
 from .sft import LuffySFTConfig
 
 
-HELD_OUT = "held_out"  # the recipe's own test split
 WAYS = (SAMPLED, GREEDY)
-CONFIGS = {"train": LuffyConfig, "sft": LuffySFTConfig}
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "luffy-trl compare") -> None:
@@ -104,39 +103,53 @@ class Comparison:
     """
 
     def __init__(self, args: argparse.Namespace, overrides: Sequence[str]):
-        _check(args)
+        check_flags(args)
         self.args = args
         self.methods = chosen(args.methods, known_methods(args.methods_file))
-        recipe = written_fields(str(args.config)) | _as_fields(overrides)
-        if recipe.get("hub_token"):
-            raise ComparisonError("hub_token: recipes are written down, and no token belongs there. Set HF_TOKEN.")
+        recipe = written_fields(args.config) | as_fields(overrides)
+        os.environ.update(recipe.pop(ENVIRONMENT, None) or {})  # for all commands; it may hold secrets
         for name in ("output_dir", "seed"):
             recipe.pop(name, None)
-        self.seed = args.seeds[0]
+        check_fields(recipe)
+        for method in self.methods:
+            for number, stage in enumerate(method.stages, start=1):
+                check_fields(stage.fields, f"{method.name}, stage {number}: ")
+        budget = taken_budget(recipe, args.token_budget)
         recipe, base, tests = self._prepared(recipe)
         sft_fields = field_names(LuffyScriptArguments, LuffySFTConfig, ModelConfig)
-        self.plan = Plan(recipe, base, args.output_dir, args.token_budget, sft_fields)
+        self.plan = Plan(recipe, base, args.output_dir, budget, sft_fields)
         evaluate = args.eval_args.split()
         self.commands = Commands(self.plan, tests, args.answers, args.accelerate_config, evaluate, args.n_samples)
-        for run in self.plan.runs(self.methods, [self.seed], {}):
-            for number, stage in enumerate(run.stages):
-                _check_recipe(self.plan.stage_recipe(run, number), stage.command, f"{run.name}, stage {number + 1}")
+        check_data(recipe, self._stages())
 
     def _prepared(self, recipe: Recipe) -> tuple[Recipe, str, list[TestSet]]:
         """The recipe, its base and its test sets; the embedded task's base and data are made once for all runs."""
-        args = self.args
-        if recipe.get("dataset_name") in (None, EMBEDDED_TASK) and recipe.get("model_name_or_path") is None:
+        args, base, dataset = self.args, recipe.get("model_name_or_path"), recipe.get("dataset_name")
+        is_embedded = dataset in (None, EMBEDDED_TASK)
+        if base is None and not is_embedded:
+            raise ComparisonError("model_name_or_path must be in the recipe, or a flag: the base of all methods.")
+        if base is not None and dataset is None:
+            raise ComparisonError(f"dataset_name must be in the recipe, or a flag: what is {base} to be trained on?")
+        if is_embedded:
             data = args.output_dir / "data"
             if not (data / "dataset_dict.json").is_file():
                 splits = load_dataset_splits(EMBEDDED_TASK, LuffyScriptArguments(), seed=0)
                 DatasetDict(splits).save_to_disk(str(data))
             rewards = recipe.get("reward_funcs") or ["letter_walk_reward"]
             recipe = recipe | {"dataset_name": str(data), "reward_funcs": rewards}
-            base: str | None = base_model(None, str(args.output_dir), seed=0)
-        elif (base := recipe.get("model_name_or_path")) is None:
-            raise ComparisonError("model_name_or_path must be in the recipe, or a flag: the base of all methods.")
+        base = base_model(base, str(args.output_dir), seed=0)
         tests = [TestSet(HELD_OUT, str(recipe["dataset_name"]), recipe.get("dataset_test_split"))]
-        return recipe, str(base), tests + [_test_set(text) for text in args.test_sets]
+        return recipe, str(base), tests + read_test_sets(args.test_sets)
+
+    def _stages(self) -> list[StageArguments]:
+        """Those that differ in more than what an earlier stage hands on, of the first seed."""
+        found: dict[str, StageArguments] = {}
+        for run in self.plan.runs(self.methods, [self.args.seeds[0]], {}):
+            for number, stage in enumerate(run.stages):
+                recipe = self.plan.stage_recipe(run, number) | {"model_name_or_path": self.plan.base}
+                parsed = parsed_stage(recipe, stage.command, f"{run.name}, stage {number + 1}")
+                found.setdefault(f"{stage.command} {dict(stage.fields)}", parsed)
+        return list(found.values())
 
     def run(self) -> None:
         rates: dict[str, float] = {}
@@ -215,66 +228,6 @@ def _as_they_end(futures: Mapping[Future, PlannedRun]) -> Iterator[tuple[Planned
             yield futures[future], error
 
 
-# What is asked for
-
-
 def _made(directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     return directory
-
-
-def _check(args: argparse.Namespace) -> None:
-    if find_spec("lm_eval") is None:
-        raise ComparisonError("It evaluates with luffy-trl eval, which needs: pip install 'luffy_trl[eval]'.")
-    for flag in ("workers", "n_samples", "token_budget"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise ComparisonError(f"--{flag} {value} must be 1 or more.")
-    if bool(args.learning_rates) != bool(args.rate_seeds):
-        raise ComparisonError("--learning_rates and --rate_seeds belong together: rates are chosen on other seeds.")
-    shared = sorted(set(args.rate_seeds or []) & set(args.seeds))
-    if shared:
-        raise ComparisonError(
-            f"--rate_seeds {shared[0]} is one of --seeds: a rate chosen on it would favour the method."
-        )
-    for flag in ("config", "accelerate_config"):
-        path = getattr(args, flag)
-        if path is not None and not Path(path).is_file():
-            raise ComparisonError(f"--{flag} {path}: there is no such file.")
-
-
-def _as_fields(flags: Sequence[str]) -> Recipe:
-    """`--field value` for the recipe: numbers as YAML reads them, several values as a list, none as true."""
-    fields: dict[str, list[Any]] = {}
-    name = None
-    for part in flags:
-        if part.startswith("--"):
-            name, equals, value = part[2:].partition("=")
-            fields[name] = [value] if equals else []
-        elif name is None:
-            raise ComparisonError(f"{part!r} belongs to no flag.")
-        else:
-            fields[name].append(part)
-    read = {name: [written_value(value, f"--{name}") for value in values] for name, values in fields.items()}
-    return {name: True if not values else values[0] if len(values) == 1 else values for name, values in read.items()}
-
-
-def _test_set(text: str) -> TestSet:
-    name, equals, dataset = text.partition("=")
-    if not equals or not name.isidentifier() or not dataset or name == HELD_OUT:
-        raise ComparisonError(f"--test_sets {text}: write a name and a dataset, such as harder=data/harder.jsonl.")
-    return TestSet(name, dataset)
-
-
-def _check_recipe(recipe: Recipe, command: str, where: str) -> None:
-    """Raises ComparisonError for what the command would refuse before it loads anything."""
-    parser = TrlParser((LuffyScriptArguments, CONFIGS[command], ModelConfig))
-    with TemporaryDirectory() as directory:
-        path = Path(directory) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        try:
-            apply_recipe(parser, str(path))
-            script_args, _, model_args = parser.parse_args_into_dataclasses([])
-            (check_arguments if command == "train" else check_dataset_arguments)(script_args, model_args)
-        except (ValueError, ImportError) as error:
-            raise ComparisonError(f"{where}: {str(error).removeprefix(f'{path}: ')}") from error

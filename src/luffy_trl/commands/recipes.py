@@ -7,9 +7,7 @@ written, or says what it cannot take.
 import dataclasses
 import difflib
 import os
-import re
 from argparse import ArgumentTypeError
-from collections.abc import Iterable
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -18,9 +16,10 @@ import yaml
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
+from ..runs.written import ENVIRONMENT, compose, construct, entries, environment
 
-ENVIRONMENT = "env"  # TRL's key for environment variables
-TRUTHS = {"on": "yes", "off": "no"}  # YAML's, beside those of flags
+
+SPELLED = {"on": "yes", "off": "no"}  # YAML's, beside those of flags
 NULLS = ("", "~", "null", "Null", "NULL")
 
 
@@ -32,7 +31,8 @@ def apply_recipe(parser: TrlParser, path: str) -> None:
             field cannot take.
         OSError: if there is no such file.
     """
-    root = compose_recipe(path)
+    with open(path, encoding="utf-8") as file:
+        root = compose(file, path)
     types = {
         name: hint
         for dataclass_type in parser.dataclass_types
@@ -40,9 +40,9 @@ def apply_recipe(parser: TrlParser, path: str) -> None:
         if name in {field.name for field in dataclasses.fields(dataclass_type) if field.init}
     }
     values = {}
-    for key, node in _merged(root):
+    for key, node in entries(root).items():
         if key == ENVIRONMENT:
-            os.environ.update(_environment(node, path))
+            os.environ.update(environment(node, path))
         elif key not in types:
             near = difflib.get_close_matches(key.replace("-", "_"), types, n=1)
             hint = f"Did you mean {near[0]}?" if near else "--help lists every field."
@@ -50,95 +50,6 @@ def apply_recipe(parser: TrlParser, path: str) -> None:
         else:
             values[key] = _value(node, types[key], f"{path}: {key}")
     parser.set_defaults_with_config(**values)
-
-
-def compose_recipe(path: str) -> yaml.MappingNode:
-    """The recipe's fields, as they were written.
-
-    Raises:
-        ValueError: for a file that is no YAML, or no mapping, or has a key twice.
-        OSError: if there is no such file.
-    """
-    with open(path, encoding="utf-8") as file:
-        try:
-            root = yaml.compose(file, Loader=RecipeLoader)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"{path} must hold a mapping, a field and its value a line, such as num_demonstrations: 1.")
-    _refuse_duplicates(root, path, set())
-    return root
-
-
-def written_fields(path: str) -> dict[str, Any]:
-    """The recipe's fields for another recipe: by YAML's rules, but truths as the text that a field may take them for.
-
-    Raises:
-        ValueError, OSError: as [`compose_recipe`].
-    """
-    return {key: _written(node, f"{path}: {key}") for key, node in _merged(compose_recipe(path))}
-
-
-def written_value(text: str, where: str) -> Any:
-    """As [`written_fields`], of one value. Raises ValueError, starting with `where`."""
-    try:
-        node = yaml.compose(text, Loader=RecipeLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
-    return None if node is None else _written(node, where)
-
-
-def _written(node: yaml.Node, where: str) -> Any:
-    value = _construct(node, where)
-    return node.value if isinstance(value, bool) else value
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """Takes 1e-6 for a number, as YAML 1.2 does, and PyYAML does not."""
-
-
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+"), list("-+.0123456789")
-)
-
-
-def _construct(node: yaml.Node, where: str) -> Any:
-    """What is under a node, by YAML's rules."""
-    try:
-        return RecipeLoader("").construct_document(node)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
-
-
-def _refuse_duplicates(node: yaml.Node, path: str, seen: set[int]) -> None:
-    """PyYAML silently takes the last of two."""
-    if id(node) in seen:  # an alias
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_duplicates(item, path, seen)
-    elif isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and key.value in lines:
-                first = lines[key.value]
-                raise ValueError(f"{path}: {key.value} is there twice, in lines {first} and {line}. Keep one of them.")
-            lines[str(key.value)] = line
-            _refuse_duplicates(value, path, seen)
-
-
-def _merged(root: yaml.MappingNode) -> Iterable[tuple[str, yaml.Node]]:
-    """Keys and values, those of `<<` included."""
-    yaml.SafeLoader("").flatten_mapping(root)
-    return {key.value if isinstance(key, yaml.ScalarNode) else "[...]": value for key, value in root.value}.items()
-
-
-def _environment(node: yaml.Node, path: str) -> dict[str, str]:
-    if not isinstance(node, yaml.MappingNode) or not all(isinstance(v, yaml.ScalarNode) for _, v in node.value):
-        raise ValueError(f"{path}: {ENVIRONMENT} must hold names of environment variables with a value each.")
-    return {key.value: value.value for key, value in node.value}
 
 
 # One field's value
@@ -157,7 +68,7 @@ def _value(node: yaml.Node, hint: Any, where: str) -> Any:
         raise ValueError(f"{where} has no value, expected {_expected(kinds)}.")
     if isinstance(node, yaml.MappingNode):
         if any((get_origin(kind) or kind) is dict for kind in kinds):
-            return _construct(node, where)
+            return construct(node, where)
         raise ValueError(f"{where} has fields of its own, expected {_expected(kinds)}.")
     lists = [kind for kind in kinds if get_origin(kind) is list]
     if isinstance(node, yaml.SequenceNode):
@@ -190,7 +101,7 @@ def _scalar(written: str, kinds: tuple[Any, ...], where: str) -> Any:
             raise ValueError(f"{where}: {written} is not one of {', '.join(names)}{hint}.")
         try:
             if kind is bool:
-                return string_to_bool(TRUTHS.get(written.lower(), written))
+                return string_to_bool(SPELLED.get(written.lower(), written))
             if kind in (int, float):
                 return _number(written, kind)
         except (ValueError, ArgumentTypeError):

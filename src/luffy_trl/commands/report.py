@@ -9,7 +9,7 @@ from ..reporting import ReportError
 
 
 PAGE = "report.html"
-MOST_COMPLETIONS = 5000  # a page of some 20 MB at worst
+MOST_COMPLETIONS = 5000  # a page of 28 MB at worst (docs/report.md)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "luffy-trl report") -> None:

@@ -1,19 +1,24 @@
 """`luffy-trl sft`: supervised fine-tuning on the same data, by TRL's SFTTrainer. The baseline, and the first half of
 SFT, then RL."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from trl import ModelConfig, SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from ..demonstrations.encoding import as_completion, demonstration_text
+from ..demonstrations.images import IMAGE_COLUMNS
+from ..demonstrations.rendering import images_in
 from ..demonstrations.trajectories import checked_messages, is_trajectory
 from ..hub.card import CARD, PLACEHOLDER, CardFacts, recipe_section
 from ..runs.best import check_metric
 from ..runs.budget import TokenBudgetConfig, TokenBudgetMixin
+from ..runs.fitting import read_state
 from ..runs.mixin import WholeCheckpointMixin
 from ..runs.redaction import NoTokenInPickles
 from .inputs import (
@@ -66,6 +71,12 @@ def check_sft_arguments(script_args: LuffyScriptArguments, model_args: ModelConf
         raise ValueError("--reward_funcs: SFT looks at no reward.")
 
 
+def check_sft_metric(args: SFTConfig) -> None:
+    """Raises ValueError for a metric of the best model that no evaluation logs."""
+    if args.eval_strategy != "no" and args.metric_for_best_model is not None:
+        check_metric(args.metric_for_best_model, [f"eval_{name}" for name in LOGGED_BY_SFT], "eval_loss")
+
+
 def to_prompt_completion(dataset: Dataset, takes_trajectories: bool = False) -> Dataset:
     """One row for each demonstration, in the columns that SFTTrainer reads. Prompts without one are left out.
 
@@ -75,6 +86,7 @@ def to_prompt_completion(dataset: Dataset, takes_trajectories: bool = False) -> 
     kept = ["tools"] if "tools" in dataset.column_names else []
 
     def explode(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
+        _refuse_images(batch, rows)
         name = "demonstrations" if "demonstrations" in batch else "completion"
         values = batch[name] if name == "demonstrations" else [[completion] for completion in batch[name]]
         found = [
@@ -98,6 +110,18 @@ def to_prompt_completion(dataset: Dataset, takes_trajectories: bool = False) -> 
     )
 
 
+def _refuse_images(batch: dict[str, list], rows: list[int]) -> None:
+    for i, row in enumerate(rows):
+        holding_any = [column for column in IMAGE_COLUMNS if column in batch and batch[column][i]]
+        if images_in(batch["prompt"][i]):
+            holding_any.append("prompt")
+        if holding_any:
+            raise ValueError(
+                f"Row {row}: `{holding_any[0]}` has an image, and luffy-trl sft trains on texts alone: take TRL's "
+                "SFTTrainer for prompts with images."
+            )
+
+
 def _in_form_of(prompt: str | list, completion: Any, where: str, takes_trajectories: bool) -> str | list:
     """The demonstration in the prompt's form: one for both is all that SFTTrainer takes."""
     if is_trajectory(completion):
@@ -114,6 +138,7 @@ def _in_form_of(prompt: str | list, completion: Any, where: str, takes_trajector
 # What TRL's card says of a base that is a directory, and of a model that is not on the Hub
 NO_BASE, NO_REPOSITORY = "[None](https://huggingface.co/None)", 'model="None"'
 AFTER_TRAINING = "### Framework versions"
+TOKENS_FILE = "num_tokens.json"
 
 
 class WholeSFTTrainer(WholeCheckpointMixin, TokenBudgetMixin, SFTTrainer):
@@ -121,6 +146,7 @@ class WholeSFTTrainer(WholeCheckpointMixin, TokenBudgetMixin, SFTTrainer):
 
     Differs in:
 
+    - `_save_own_state`, `_load_own_state`: TRL's count of tokens goes on after a resumption;
     - `create_model_card`: names the base and the dataset, and says `card_facts`.
     """
 
@@ -129,8 +155,18 @@ class WholeSFTTrainer(WholeCheckpointMixin, TokenBudgetMixin, SFTTrainer):
     dataset_on_hub: str | None = None
 
     def check_before_training(self) -> None:
-        if self.args.eval_strategy != "no" and self.args.metric_for_best_model is not None:
-            check_metric(self.args.metric_for_best_model, [f"eval_{name}" for name in LOGGED_BY_SFT], "eval_loss")
+        check_sft_metric(self.args)
+
+    def _save_own_state(self, checkpoint: Path) -> None:
+        if self.is_world_process_zero():
+            (checkpoint / TOKENS_FILE).write_text(json.dumps({"num_tokens": self._total_train_tokens}))
+
+    def _load_own_state(self, checkpoint: Path) -> None:
+        if (checkpoint / TOKENS_FILE).is_file():
+            self._total_train_tokens = json.loads((checkpoint / TOKENS_FILE).read_text())["num_tokens"]
+        else:  # another trainer's checkpoint: its last log is the closest to its count
+            logged = [log["num_tokens"] for log in read_state(checkpoint).log_history if "num_tokens" in log]
+            self._total_train_tokens = int(max(logged, default=0))
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         super().create_model_card(
@@ -174,7 +210,8 @@ def _run_sft(
 ) -> SFTTrainer:
     with before_training():
         checkpoint = resume_point(training_args, model_args)
-        rows, eval_rows, prompts = load_rows(script_args, training_args, model_args)
+        splits = load_dataset_splits(script_args.dataset_name or EMBEDDED_TASK, script_args, seed=training_args.seed)
+        rows, eval_rows, prompts = load_rows(splits, script_args, training_args, model_args)
         warn_of_checkpoints(training_args)
         trainer = WholeSFTTrainer(
             args=training_args,
@@ -200,7 +237,10 @@ def _run_sft(
 
 
 def load_rows(
-    script_args: LuffyScriptArguments, training_args: LuffySFTConfig, model_args: ModelConfig
+    splits: Mapping[str, Dataset | IterableDataset],
+    script_args: LuffyScriptArguments,
+    training_args: LuffySFTConfig,
+    model_args: ModelConfig,
 ) -> tuple[Dataset, Dataset | None, int]:
     """Rows to train on and to evaluate on, one a demonstration, and from how many prompts the former are.
 
@@ -208,7 +248,6 @@ def load_rows(
         ValueError: for a dataset that has no demonstrations, is streamed, or that the model cannot read.
     """
     dataset_name = script_args.dataset_name or EMBEDDED_TASK
-    splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
     dataset = load_split(splits, script_args.dataset_train_split, dataset_name)
     if not isinstance(dataset, Dataset):
         raise ValueError("--dataset_streaming is for train.py; SFT reads the whole dataset.")

@@ -1,8 +1,10 @@
 """One training run from arguments: what `train.py`, `luffy-trl train` and notebooks share."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from trl import ModelConfig
 
 from ..advantages import deciding_reward
@@ -97,10 +99,31 @@ def make_trainer(
     script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig
 ) -> LuffyTrainer:
     """The trainer of a run. Raises ValueError or OSError for what does not go together, or is not there."""
+    splits = load_dataset_splits(script_args.dataset_name or EMBEDDED_TASK, script_args, seed=training_args.seed)
+    reward_funcs, data = load_data(splits, script_args, training_args, model_args)
+    warn_of_checkpoints(training_args)
+    return LuffyTrainer(
+        args=training_args,
+        reward_funcs=reward_funcs,
+        **data,
+        **model_options(model_args, training_args),
+    )
+
+
+def load_data(
+    splits: Mapping[str, Dataset | IterableDataset],
+    script_args: LuffyScriptArguments,
+    training_args: LuffyConfig,
+    model_args: ModelConfig,
+) -> tuple[list[Callable], dict[str, Any]]:
+    """The rewards, and the datasets by the trainer's names for them.
+
+    Raises:
+        ValueError, OSError: for what does not go together, before the model is loaded.
+    """
     dataset_name = script_args.dataset_name or EMBEDDED_TASK
     reward_funcs = load_reward_funcs(script_args.reward_funcs, dataset_name)
     deciding_reward([reward_name(function) for function in reward_funcs], training_args.solved_reward)
-    splits = load_dataset_splits(dataset_name, script_args, seed=training_args.seed)
     data = {"train_dataset": load_split(splits, script_args.dataset_train_split, dataset_name)}
     if (eval_dataset := load_eval_split(splits, script_args, training_args, dataset_name)) is not None:
         data["eval_dataset"] = eval_dataset
@@ -110,13 +133,7 @@ def make_trainer(
     settle_metric(training_args, (), (), [function.__name__ for function in reward_funcs], reward_funcs)
     check_model(model_args)
     check_reading(model_args, training_args, data)
-    warn_of_checkpoints(training_args)
-    return LuffyTrainer(
-        args=training_args,
-        reward_funcs=reward_funcs,
-        **data,
-        **model_options(model_args, training_args),
-    )
+    return reward_funcs, data
 
 
 def save_or_push(trainer: LuffyTrainer, dataset_name: str) -> None:

@@ -1,18 +1,21 @@
 """The methods that are compared, from `methods.yaml` and a user's own file of the same form."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
+from ..runs.written import ENVIRONMENT, WORDS, compose, construct, entries, fields_of
 from . import ComparisonError
 
 
 STAGE_COMMANDS = ("train", "sft")
+SAME_FOR_ALL = (ENVIRONMENT, "model_name_or_path", "output_dir", "seed", "resume_from_checkpoint")  # whatever it has
 BASE_MODEL = "base"  # evaluated as it is
 
 
@@ -49,14 +52,15 @@ def known_methods(own: Path | None = None) -> dict[str, Method]:
     text = (files("luffy_trl") / "comparing" / "methods.yaml").read_text(encoding="utf-8")
     methods = _read(text, "methods.yaml")
     if own is not None:
-        methods |= _read(own.read_text(encoding="utf-8"), f"--methods_file {own}")
+        with own.open(encoding="utf-8") as file:
+            methods |= _read(file, f"--methods_file {own}")
     return methods
 
 
 def chosen(names: Sequence[str], methods: Mapping[str, Method]) -> list[Method]:
     """
     Raises:
-        ComparisonError: for a name that there is not.
+        ComparisonError: for a name that there is not, and for two methods that the table would call the same.
     """
     for name in names:
         if name not in methods and name != BASE_MODEL:
@@ -64,43 +68,69 @@ def chosen(names: Sequence[str], methods: Mapping[str, Method]) -> list[Method]:
                 f"--methods {name}: there is no such method. There are {', '.join(methods)}; your own go into a file "
                 "that --methods_file names."
             )
-    return [methods[name] for name in dict.fromkeys(names) if name != BASE_MODEL]
+    found = [methods[name] for name in dict.fromkeys(names) if name != BASE_MODEL]
+    labels = {BASE_MODEL: BASE_MODEL}
+    for method in found:
+        other = labels.setdefault(method.label, method.name)
+        if other != method.name:
+            raise ComparisonError(
+                f"--methods {method.name} and {other} have one label, {method.label!r}, by which their rows could not "
+                "be told apart: give one of them another."
+            )
+    return found
 
 
-def _read(text: str, where: str) -> dict[str, Method]:
+def _read(source: str | TextIO, where: str) -> dict[str, Method]:
     try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ComparisonError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise ComparisonError(f"{where} must hold a mapping: a method's name, and its stages.")
-    return {name: _method(name, value, f"{where}, {name}") for name, value in found.items()}
+        found = entries(compose(source, where))
+        return {name: _method(name, node, f"{where}, {name}") for name, node in found.items()}
+    except ValueError as error:
+        raise ComparisonError(str(error)) from error
 
 
-def _method(name: str, value: Any, where: str) -> Method:
+def _method(name: str, node: yaml.Node, where: str) -> Method:
     if not name.isidentifier() or name == BASE_MODEL:
         raise ComparisonError(f"{where}: a method's name is made of letters, digits and _, and not {BASE_MODEL!r}.")
-    if not isinstance(value, dict) or set(value) - {"label", "stages"} or not isinstance(value.get("stages"), list):
+    found = entries(node) if isinstance(node, yaml.MappingNode) else {}
+    if set(found) - {"label", "stages"} or not isinstance(found.get("stages"), yaml.SequenceNode):
         raise ComparisonError(f"{where} must have a list of `stages`, and may have a `label`.")
-    parts = [_stage(stage, f"{where}, stage {i}") for i, stage in enumerate(value["stages"], start=1)]
+    parts = [_stage(stage, f"{where}, stage {i}") for i, stage in enumerate(found["stages"].value, start=1)]
     if not parts:
         raise ComparisonError(f"{where} has no stage.")
     given = sum(share for _, _, share in parts if share is not None)
     open_stages = sum(share is None for _, _, share in parts)
-    if given > 1 or (open_stages == 0 and given != 1) or (open_stages and given == 1):
+    is_one = math.isclose(given, 1)
+    if (is_one or given > 1) if open_stages else not is_one:
         raise ComparisonError(f"{where}: the shares of its stages add up to {given:g}, expected 1.")
     rest = (1 - given) / max(open_stages, 1)
     stages = tuple(Stage(command, fields, rest if share is None else share) for command, fields, share in parts)
-    return Method(name, str(value.get("label", name)), stages)
+    return Method(name, _label(found.get("label"), where) or name, stages)
 
 
-def _stage(value: Any, where: str) -> tuple[str, dict[str, Any], float | None]:
-    commands = [name for name in STAGE_COMMANDS if isinstance(value, dict) and name in value]
-    if len(commands) != 1 or set(value) - {commands[0], "share"}:
+def _label(node: yaml.Node | None, where: str) -> str | None:
+    """As it was written: 0.10 and `no` are texts here."""
+    if node is None or construct(node, where) is None:
+        return None
+    if not isinstance(node, yaml.ScalarNode):
+        raise ComparisonError(f"{where}: label must be a text, which the table shows.")
+    return " ".join(node.value.split())
+
+
+def _stage(node: yaml.Node, where: str) -> tuple[str, dict[str, Any], float | None]:
+    found = entries(node) if isinstance(node, yaml.MappingNode) else {}
+    commands = [name for name in STAGE_COMMANDS if name in found]
+    if len(commands) != 1 or set(found) - {commands[0], "share"}:
         raise ComparisonError(f"{where} must be `train` or `sft` with their fields, and may have a `share`.")
-    fields, share = value[commands[0]] or {}, value.get("share")
-    if not isinstance(fields, dict):
+    of_command = found[commands[0]]
+    fields: dict[str, Any] = {}
+    if isinstance(of_command, yaml.MappingNode):
+        fields = fields_of(of_command, where, texts=WORDS)
+    elif construct(of_command, where) is not None:
         raise ComparisonError(f"{where}: {commands[0]} must hold fields of the recipe, such as {{shaping: log}}.")
+    for name in SAME_FOR_ALL:
+        if name in fields:
+            raise ComparisonError(f"{where}: {name} is no field of a stage: it is the comparison's, for all methods.")
+    share = construct(found["share"], where) if "share" in found else None
     if share is not None and (not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1):
         raise ComparisonError(f"{where}: share {share!r} must be above 0 and at most 1.")
     return commands[0], fields, share

@@ -105,18 +105,22 @@ class Plan:
         recipe |= stage.fields
         if run.learning_rate is not None:
             recipe["learning_rate"] = run.learning_rate
-        start = self.base if number == 0 else str(run.stage_directory(number - 1) / self.handed_on)
         return recipe | {
             "output_dir": str(run.stage_directory(number) / MODEL),
             "seed": run.seed,
-            "model_name_or_path": start,
+            "model_name_or_path": self.start(run, number),
             "resume_from_checkpoint": "auto",
         }
 
-    @property
-    def handed_on(self) -> str:
-        """The folder from which the next stage starts: an adapter is merged before."""
-        return MERGED if is_true(self.recipe.get("use_peft")) else MODEL
+    def start(self, run: PlannedRun, number: int) -> str:
+        """The model from which a stage starts: an adapter is merged before."""
+        if number == 0:
+            return self.base
+        return str(run.stage_directory(number - 1) / (MERGED if self.is_adapter(run, number - 1) else MODEL))
+
+    def is_adapter(self, run: PlannedRun, number: int) -> bool:
+        """Whether that is what a stage saves."""
+        return is_true((self.recipe | dict(run.stages[number].fields)).get("use_peft"))
 
     def _amount(self, run: PlannedRun, number: int) -> Recipe:
         """Steps of a stage, and tokens."""
@@ -134,9 +138,9 @@ class Plan:
 
     def _for_sft(self, recipe: Recipe) -> Recipe:
         """As many demonstrations a step as the others have prompts. What only `train` knows is left out."""
-        rows = int(recipe.get("per_device_train_batch_size", DEFAULT_ROWS))
-        accumulated = int(recipe.get("gradient_accumulation_steps", 1))
-        group = int(recipe.get("num_generations", DEFAULT_GROUP))
+        rows = _count(recipe, "per_device_train_batch_size", DEFAULT_ROWS)
+        accumulated = _count(recipe, "gradient_accumulation_steps", 1)
+        group = _count(recipe, "num_generations", DEFAULT_GROUP)
         prompts = rows * accumulated // group
         if prompts < 1:
             raise ComparisonError(
@@ -146,6 +150,17 @@ class Plan:
         batch = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": prompts // at_once}
         known = self.sft_fields - NOT_FOR_SFT
         return {name: value for name, value in recipe.items() if name in known} | batch
+
+
+def _count(recipe: Recipe, name: str, default: int) -> int:
+    value = recipe.get(name, default)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1 or not number.is_integer():
+        raise ComparisonError(f"{name}: {value!r} must be a whole number of 1 or more.")
+    return int(number)
 
 
 def is_true(value: Any) -> bool:

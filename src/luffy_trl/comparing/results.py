@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..reporting.tables_and_curves import text_table
-from ..runs.budget import counted
 from . import ComparisonError
 from .methods import BASE_MODEL, Method
 from .plan import MODEL, PlannedRun
-from .stages import GREEDY, SAMPLED, Commands, Took, evaluation_directory
+from .stages import GREEDY, SAMPLED, Commands, evaluation_directory
+from .steps import Took
 
 
 AS_GOOD = 0.01  # a rate is as good as the best if it has this share of right answers less
@@ -56,7 +56,7 @@ def result(run: PlannedRun, commands: Commands) -> Measured:
         accuracy={test.name: _score(run, test.name, SAMPLED) for test in commands.tests if SAMPLED in commands.ways},
         greedy={test.name: _score(run, test.name, GREEDY) for test in commands.tests if GREEDY in commands.ways},
         entropy=sampled[-1]["on_policy/entropy"] if sampled else None,
-        tokens=sum(counted([line["num_tokens"] for line in lines if line.get("num_tokens")]) for lines in logs),
+        tokens=sum(max((line.get("num_tokens") or 0.0 for line in lines), default=0.0) for lines in logs),
         seconds=sum(one.seconds for one in took),
         cpu_seconds=sum(one.cpu_seconds for one in took),
         steps=sum(max((int(line.get("step", 0)) for line in lines), default=0) for lines in logs),

@@ -2,30 +2,44 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 
+from ..runs.fingerprints import data_fingerprint, file_or_model_fingerprint
 from ..runs.stopping import STOPPED_STATUS
 from . import ComparisonError
-from .plan import MERGED, MODEL, Plan, PlannedRun, TestSet, is_true
+from .evaluations import with_model_args
+from .plan import MERGED, MODEL, Plan, PlannedRun, Recipe, TestSet, is_true
+from .steps import RECIPE, Step, Took
 
 
-RECIPE, LOG, DONE, ATTEMPTS, PROCESS = "recipe.yaml", "log.txt", "done.json", "attempts.json", "process.json"
+LOG, ATTEMPTS, PROCESS = "log.txt", "attempts.json", "process.json"
 GREEDY, SAMPLED = "greedy", "sampled"
 GRACE = 120.0  # seconds in which a run that is stopped may save a checkpoint
 LAST_LINES = 3  # last lines of a failed command
 USAGE_STATUS = 2
+USAGE_ERROR = re.compile(r"luffy-trl [\w-]+: error: .*")
+LAUNCHER = "accelerate.commands.launch"
+# Fields of local files that a stage reads; the first one reads the base too, others what was made before
+TRAINED_WITH = {
+    "dataset_name": data_fingerprint,
+    "chat_template_path": file_or_model_fingerprint,
+    "deepspeed": file_or_model_fingerprint,
+}
+TRAINED_FROM = TRAINED_WITH | {"model_name_or_path": file_or_model_fingerprint}
+LAUNCHED_WITH = {"deepspeed_config_file": data_fingerprint}
 
 
 class StageError(ComparisonError):
@@ -34,49 +48,6 @@ class StageError(ComparisonError):
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
-
-
-@dataclass(frozen=True)
-class Took:
-    """Seconds of the clock, and of processors: those do not grow where other work shares the machine."""
-
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-
-    def __add__(self, other: "Took") -> "Took":
-        return Took(self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of a run. `settings` are what it depends on: another value needs another directory."""
-
-    what: str
-    directory: Path
-    command: list[str]
-    settings: dict[str, Any]
-
-    def took(self) -> "Took | None":
-        """Over all attempts that were seen to end; None if it has not ended well.
-
-        Raises:
-            ComparisonError: if it was done with other settings.
-        """
-        path = self.directory / DONE
-        if not path.is_file():
-            return None
-        try:
-            done = json.loads(path.read_text(encoding="utf-8"))
-            kept, took = done["settings"], Took(float(done["seconds"]), float(done["cpu_seconds"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ComparisonError(f"{path} is damaged: remove {self.directory}, and it is done anew.") from error
-        if kept != self.settings:
-            names = sorted(n for n in {*kept, *self.settings} if kept.get(n) != self.settings.get(n))
-            raise ComparisonError(
-                f"{self.directory} was made with other settings ({', '.join(names)}). Choose another --output_dir, "
-                "or remove it."
-            )
-        return took
 
 
 @dataclass(frozen=True)
@@ -95,54 +66,95 @@ class Commands:
     accelerate_config: str | None
     evaluate: Sequence[str]
     n_samples: int
+    # Path -> fingerprint: files are read once a comparison
+    _fingerprints: dict[str, str | None] = field(default_factory=dict, init=False, repr=False)
 
     def steps(self, run: PlannedRun) -> list[Step]:
-        training = []
+        made: list[Step] = []
         for number in range(len(run.stages)):
-            if number and self.plan.handed_on == MERGED:
-                training.append(self._merging(run, number - 1))
-            training.append(self._training(run, number))
-        return training + [self._evaluation(run, test, way) for test in self.tests for way in self.ways]
+            if number and self.plan.is_adapter(run, number - 1):
+                made.append(self._merging(run, number - 1, made[-1]))
+            made.append(self._training(run, number, made[-1] if made else None))
+        after = made[-1] if made else None
+        return made + [self._evaluation(run, test, way, after) for test in self.tests for way in self.ways]
 
-    def _training(self, run: PlannedRun, number: int) -> Step:
+    def _training(self, run: PlannedRun, number: int, after: Step | None) -> Step:
         recipe, directory = self.plan.stage_recipe(run, number), run.stage_directory(number)
         launcher = [sys.executable, "-m"]
+        settings = recipe | self._contents(recipe, TRAINED_FROM if number == 0 else TRAINED_WITH)
         if self.accelerate_config is not None:
-            launcher += ["accelerate.commands.launch", "--config_file", self.accelerate_config, "--module"]
+            launcher += [LAUNCHER, "--config_file", self.accelerate_config, "--module"]
+            settings["accelerate_config"] = launch = _launch_settings(self.accelerate_config)
+            settings |= self._contents(launch.get("deepspeed_config") or {}, LAUNCHED_WITH)
         command = [*launcher, "luffy_trl", run.stages[number].command, "--config", str(directory / RECIPE)]
-        return Step(f"stage {number + 1}, {run.stages[number].command}", directory, command, recipe)
+        what = f"stage {number + 1}, {run.stages[number].command}"
+        return Step(what, directory, command, settings, recipe, after)
 
-    def _merging(self, run: PlannedRun, number: int) -> Step:
+    def _merging(self, run: PlannedRun, number: int, after: Step) -> Step:
         stage = run.stage_directory(number)
         into = ["--merge", "--to", str(stage / MERGED)]
         command = [sys.executable, "-m", "luffy_trl", "push", str(stage / MODEL), *into]
-        return Step(f"stage {number + 1}, merging the adapter", stage / "merging", command, {})
+        what = f"stage {number + 1}, merging the adapter"
+        return Step(what, stage / "merging", command, {}, after=after, makes=stage / MERGED)
 
-    def _evaluation(self, run: PlannedRun, test: TestSet, way: str) -> Step:
-        recipe = self.plan.recipe
+    def _evaluation(self, run: PlannedRun, test: TestSet, way: str, after: Step | None) -> Step:
+        recipe, last = self.plan.recipe, len(run.stages) - 1
         directory = evaluation_directory(run, test.name, way)
-        is_adapter = bool(run.stages) and self.plan.handed_on == MERGED
+        model, adapter = run.model(self.plan.base), None
+        if run.stages and self.plan.is_adapter(run, last):
+            model, adapter = self.plan.start(run, last), model
         arguments = {
-            "model": self.plan.base if is_adapter else run.model(self.plan.base),
-            "adapter": run.model(self.plan.base) if is_adapter else None,
             "dataset_name": test.dataset,
+            "dataset_config": recipe.get("dataset_config") if test.dataset == recipe.get("dataset_name") else None,
             "dataset_split": test.split,
             "temperature": 0 if way == GREEDY else recipe.get("temperature", 1.0),
             "n_samples": None if way == GREEDY else self.n_samples,
             "max_new_tokens": recipe.get("max_completion_length", 256),
             "device": "cpu" if is_true(recipe.get("use_cpu")) else None,
+            "reward_funcs": recipe.get("reward_funcs") or None,
+            "reward_weights": recipe.get("reward_weights"),
             "solved_reward": recipe.get("solved_reward"),
             "solved_threshold": recipe.get("solved_threshold"),
         }
-        flags = [part for name, value in arguments.items() if value is not None for part in (f"--{name}", str(value))]
-        rewards = recipe.get("reward_funcs")
-        if rewards:
-            flags += ["--reward_funcs", *([rewards] if isinstance(rewards, str) else rewards)]
-        command = [sys.executable, "-m", "luffy_trl", "eval", *flags, *self.evaluate]
+        own = recipe | dict(run.stages[last].fields) if run.stages else recipe
+        more = with_model_args(own, model == self.plan.base, self.evaluate)
+        flags = _flags({"model": model, "adapter": adapter} | arguments) + more
+        command = [sys.executable, "-m", "luffy_trl", "eval", *flags]
         command += ["--name", run.key, "--output_dir", str(directory / "results")]
-        settings = {name: value for name, value in arguments.items() if name not in ("model", "adapter")}
-        more = {"reward_funcs": rewards, "evaluate": list(self.evaluate)}
-        return Step(f"{way} answers to {test.name}", directory, command, settings | more)
+        settings = arguments | {"evaluate": more, "base": self.plan.base}
+        read = {"dataset_name": test.dataset, "model_name_or_path": self.plan.base}
+        settings |= self._contents(read, TRAINED_FROM)
+        return Step(f"{way} answers to {test.name}", directory, command, settings, after=after)
+
+    def _contents(self, recipe: Recipe, fields: Mapping[str, Callable[[str], str | None]]) -> dict[str, str]:
+        """Fingerprints of the local files that fields name: they may be others under the same name."""
+        found = {}
+        for name, fingerprint in fields.items():
+            path = recipe.get(name)
+            if not isinstance(path, str):
+                continue
+            if path not in self._fingerprints:
+                self._fingerprints[path] = fingerprint(path)
+            if (contents := self._fingerprints[path]) is not None:
+                found[f"contents of {name}"] = contents
+        return found
+
+
+def _flags(arguments: Mapping[str, Any]) -> list[str]:
+    flags = []
+    for name, value in arguments.items():
+        if value is not None:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def _launch_settings(path: str) -> dict[str, Any]:
+    try:
+        return dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ComparisonError(
+            f"--accelerate_config {path} must be YAML, a field and its value a line: {' '.join(str(error).split())}"
+        ) from error
 
 
 def evaluation_directory(run: PlannedRun, test: str, way: str) -> Path:
@@ -164,18 +176,21 @@ class Processes:
             StageError: if it fails, with its last lines; or was stopped, with status 75.
         """
         directory = step.directory
-        directory.mkdir(parents=True, exist_ok=True)
-        if str(directory / RECIPE) in step.command:
-            (directory / RECIPE).write_text(yaml.safe_dump(step.settings, sort_keys=False), encoding="utf-8")
         end_orphan(directory)
+        step.begin()
         start = time.monotonic()
         with open(directory / LOG, "a", encoding="utf-8") as log:
+            said_before = log.tell()
             status, cpu_seconds = self._wait(step, log)
         took = _took_before(directory) + Took(time.monotonic() - start, cpu_seconds)
         if status != 0:
             (directory / ATTEMPTS).write_text(json.dumps(asdict(took)), encoding="utf-8")
-            raise StageError(f"{step.what} ended with status {status}: {_last_lines(directory / LOG)}", status)
-        _write_done(directory, asdict(took) | {"settings": step.settings})
+            with open(directory / LOG, "rb") as file:
+                file.seek(said_before)
+                status, says = _reason(file.read().decode(errors="replace"), status, LAUNCHER in step.command)
+            says += f" (all of it: {directory / LOG})"
+            raise StageError(f"{step.what} ended with status {status}: {says}", status)
+        step.end(took)
 
     def _wait(self, step: Step, log: Any) -> tuple[int, float]:
         """Exit status, and seconds of processors, those of processes that it waited for among them."""
@@ -252,14 +267,10 @@ def _took_before(directory: Path) -> Took:
         return Took()
 
 
-def _write_done(directory: Path, done: dict[str, Any]) -> None:
-    unfinished = directory / f".{DONE}"
-    unfinished.write_text(json.dumps(done, indent=1), encoding="utf-8")
-    unfinished.replace(directory / DONE)
-
-
-def _last_lines(log: Path) -> str:
-    """What a command said last, on one line."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    return f"{' '.join(lines[-LAST_LINES:])[-600:]} (all of it: {log})"
+def _reason(log: str, status: int, is_launched: bool) -> tuple[int, str]:
+    """Exit status, and what a command said last, on one line. A launcher puts its own in place of a usage error's."""
+    usage_errors = USAGE_ERROR.findall(log)
+    if usage_errors and (is_launched or status == USAGE_STATUS):
+        return USAGE_STATUS, usage_errors[-1].strip()
+    lines = [line.strip() for line in log.replace("\r", "\n").splitlines() if line.strip()]
+    return status, " ".join(lines[-LAST_LINES:])[-600:]

@@ -58,6 +58,8 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> None:
     conversational = is_conversational(args, schema, head)
     features = contract_features(conversational, several=schema.several and args.max_demonstrations != 1)
     print(f"{args.source}: {schema.name} -> {', '.join(features)}", flush=True)
+    if schema not in PUBLISHED and (left_out := sorted(set(head[0]) - {*schema.columns, *features})):
+        print(f"Columns that are left out: {', '.join(left_out)}", flush=True)
     screener = Screener(
         schema,
         conversational,

@@ -205,7 +205,7 @@ class FunctionSource(DemonstrationSource):
         if values is not None and not isinstance(values, list):
             raise ValueError(
                 f"{where} is a {type(values).__name__}, expected a list of completions (each a str, a list with one "
-                "assistant message, or a luffy_trl.demonstrations.Demonstration), or None."
+                "assistant message or a trajectory, or a luffy_trl.demonstrations.Demonstration), or None."
             )
         named = [(value, f"{where}[{i}]") for i, value in enumerate(values or [])]
         return [(self.encoder.encode(value, {"prompt": prompt} | row, name), name) for value, name in named]

@@ -78,6 +78,8 @@ def load_model(args: argparse.Namespace, model_args: dict[str, Any], images: boo
         arguments["device"] = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     else:
         arguments |= {"tensor_parallel_size": args.tensor_parallel_size, "seed": args.seed}
+    if args.dataset_name is not None:  # prompts are rendered before, and lm-eval takes it with `think_end_token` alone
+        model_args = {name: value for name, value in model_args.items() if name != "enable_thinking"}
     try:
         backend = load_backend(args.backend, arguments | model_args, images)
     except (OSError, ValueError, TypeError, ImportError, AssertionError) as error:

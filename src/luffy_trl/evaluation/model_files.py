@@ -1,6 +1,5 @@
-"""What can be said about a model before it is loaded: that it is there, and which one it is."""
+"""What can be said about a model before it is loaded: that it is there."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +8,6 @@ from typing import Any
 from transformers import AutoConfig
 
 from . import EvaluationError
-
-
-# Of each weight file, this much of its beginning and of its end goes into the fingerprint
-SAMPLED_BYTES = 2**20
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -59,21 +54,3 @@ def check_model(model: str, model_args: Mapping[str, Any]) -> None:
             "a directory without a model" if Path(model).is_dir() else "neither a local directory nor found on the Hub"
         )
         raise EvaluationError(f"--model {model} is {where} ({reason})") from error
-
-
-def files_fingerprint(directory: str) -> str | None:
-    """Changes with the weights, the tokenizer or the chat template of a local directory; None for a Hub id.
-
-    Weight files are read at both ends only: training changes every part of them.
-    """
-    if not Path(directory).is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(Path(directory).iterdir()):
-        if path.suffix in {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"} and path.is_file():
-            size = path.stat().st_size
-            with open(path, "rb") as file:
-                digest.update(f"{path.name} {size}\n".encode() + file.read(SAMPLED_BYTES))
-                file.seek(max(0, size - SAMPLED_BYTES))
-                digest.update(file.read(SAMPLED_BYTES))
-    return digest.hexdigest()

@@ -8,12 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..runs.fingerprints import files_fingerprint
 from . import EvaluationError, tables
 from .backends import ADAPTER_ARGUMENTS
 from .comparison import RESULTS
 from .lines import Sample
 from .loading import kept_arguments, load_model
-from .model_files import files_fingerprint
 from .samples import SampleStore
 from .sampling import Sampler
 

@@ -157,10 +157,10 @@ def row(name: str, summaries: Mapping[str, Summary], groups: Mapping[str, Sequen
 def score_table(
     title: str, rows: Sequence[ModelRow], tasks: Sequence[str], group: str, labels: Mapping[str, str]
 ) -> Table:
-    """Header and cells of one group's table: rows that have none of its benchmarks are left out."""
+    """Header and cells of one group's table: rows that have none of its scores are left out."""
     columns = [*tasks, group]
     header = [title, *(labels[task] for task in tasks), "Avg."]
-    cells = [[r.name, *(_cell(r, column) for column in columns)] for r in rows if set(tasks) & set(r.scores)]
+    cells = [[r.name, *(_cell(r, column) for column in columns)] for r in rows if set(columns) & set(r.scores)]
     return header, cells
 
 

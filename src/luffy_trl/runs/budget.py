@@ -1,8 +1,7 @@
 """A run that ends when it has seen so many tokens, whatever its steps: for methods whose steps differ in cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
@@ -46,26 +45,14 @@ class TokenBudgetMixin(Trainer):
 class StopAtTokens(TrainerCallback):
     """
     Args:
-        metrics: the trainer's metrics of the log under way, which TRL keeps by name.
+        metrics: the trainer's metrics of the log under way, which TRL keeps by name. `num_tokens` is the run's count.
         budget: in tokens.
     """
 
     def __init__(self, metrics: Mapping[str, list[float]], budget: int):
         self.metrics, self.budget = metrics, budget
-        self.forgotten = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logged = [log["num_tokens"] for log in state.log_history if log.get("num_tokens") is not None]
-        # TRL's count is in the trainer's state for GRPO; for SFT it starts at 0 in each resumption
-        self.forgotten = 0.0 if state.num_input_tokens_seen else counted(logged)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         seen = self.metrics.get("num_tokens")
-        if seen and self.forgotten + seen[-1] >= self.budget:
+        if seen and seen[-1] >= self.budget:
             control.should_training_stop = True
-
-
-def counted(logged: Sequence[float]) -> float:
-    """Tokens of a run from what it logged, where the count may have begun again."""
-    ends = [before for before, after in pairwise(logged) if after < before]
-    return sum(ends) + (logged[-1] if logged else 0.0)

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from ..demonstrations.encoding import stop_tokens
 from ..demonstrations.prompts import Reader
-from ..evaluation.model_files import files_fingerprint
+from ..runs.fingerprints import files_fingerprint
 from ..runs.seeds import derived_seed
 from .answers import MODEL_FILES, TeacherAnswer
 from .likelihood import completion_logps

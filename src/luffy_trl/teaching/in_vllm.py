@@ -6,7 +6,7 @@ from typing import Any
 
 from ..demonstrations.encoding import stop_tokens
 from ..demonstrations.prompts import Reader
-from ..evaluation.model_files import files_fingerprint
+from ..runs.fingerprints import files_fingerprint
 from .answers import MODEL_FILES, TeacherAnswer
 from .models import fitting, load_reader, prompt_ids_of
 from .teachers import Keep, Question, Sampling
