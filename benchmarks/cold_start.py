@@ -41,7 +41,6 @@ RATES = (1e-4, 3e-4)
 STEPS, PROBE_EVERY = 60, 5
 LENGTH, TRAIN_SIZE, TEST_SIZE, PROBE_SIZE = 5, 2048, 256, 64
 HELD_OUT = "held_out"
-ON_POLICY = {"advantage_baseline": "on_policy"}
 # Name -> fields of LuffyConfig over the paper's, or the name of a method of several stages
 REMEDIES: dict[str, dict[str, Any] | str] = {
     "GRPO": "grpo",
@@ -52,7 +51,7 @@ REMEDIES: dict[str, dict[str, Any] | str] = {
     "gamma 0.01": {"shaping_gamma": 0.01},
     "gamma 1": {"shaping_gamma": 1.0},
     "log shaping": {"shaping": "log"},
-    "log shaping, rollouts' baseline": {"shaping": "log"} | ON_POLICY,
+    "log shaping, rollouts' baseline": "luffy_log",
     "demonstration weight 8": {"demonstration_weight": 8.0},
     "SFT loss, rollouts' baseline": "rl_sft",
     "SFT, then LUFFY": "sft_then_luffy",

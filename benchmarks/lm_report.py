@@ -86,7 +86,8 @@ def short_table(runs: list[Result]) -> str:
     shown = [(regime, test) for regime in both for test in TESTS if (regime, test) != ("cold", "reversal")]
     header = " | ".join(f"{regime}: {TESTS[test]}" for regime, test in shown)
     lines = [f"| method | {header} | CPU s |", "| --- " * (len(shown) + 2) + "|"]
-    for method, own in both["warm"].items():
+    for method in dict.fromkeys(method for of_regime in both.values() for method in of_regime):
+        own = both["warm"].get(method, [])
         cells = [
             cell([100 * run["accuracy"][test] for run in both[regime].get(method, [])], ".0f")
             for regime, test in shown
