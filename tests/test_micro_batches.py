@@ -8,7 +8,7 @@ import torch
 from luffy_trl.padding.dealing import Rows, deal
 from luffy_trl.padding.packing import Layout
 
-from .test_padding import SHAPE, assert_same_steps, make_rows
+from .test_padding import APART, OF_MICRO_BATCHES, SHAPE, assert_same_steps, make_rows, some_right
 
 
 # By hand
@@ -179,13 +179,7 @@ def test_a_budget_changes_no_gradient_with(make_trainer, rows, options):
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"])
 def test_rows_without_advantage_are_left_out_of_a_budget(make_trainer, rows, loss_type, packed):
-    def reward(prompts, completions, **kwargs):  # all right, all wrong, or only the demonstration right
-        return [
-            float(len(p) == 30 or (len(p) != 60 and c in ("a" * 15, "b#b")))
-            for p, c in zip(prompts, completions, strict=True)
-        ]
-
-    options = {"loss_type": loss_type, "reward": reward, "model_init_kwargs": {"dtype": torch.float64}, **SHAPE}
+    options = {"loss_type": loss_type, "reward": some_right, "model_init_kwargs": {"dtype": torch.float64}, **SHAPE}
     theirs, _ = steps_of(make_trainer(rows, **options))
     trainer = make_trainer(
         rows, tokens_per_micro_batch=80, skip_zero_advantages=True, packed_forward=packed, **options
@@ -193,6 +187,21 @@ def test_rows_without_advantage_are_left_out_of_a_budget(make_trainer, rows, los
     ours, _ = steps_of(trainer)
     assert_same_steps(ours, theirs)
     assert sum(len(batch["advantages"]) for due in trainer._buffered_inputs for batch in due) < 16
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("options", APART)
+def test_demonstrations_that_need_no_advantage_stay_in_a_budget(make_trainer, rows, options, skip):
+    options = {"reward": some_right, "model_init_kwargs": {"dtype": torch.float64}, **SHAPE, **options}
+    whole = make_trainer(rows, **options)
+    dealt = make_trainer(rows, tokens_per_micro_batch=80, skip_zero_advantages=skip, **options)
+    theirs, _ = steps_of(whole)
+    ours, _ = steps_of(dealt)
+    assert_same_steps(ours, theirs)
+    assert (sum(len(batch["advantages"]) for due in dealt._buffered_inputs for batch in due) < 16) is skip
+    means, expected = dealt._means.take(), whole._means.take()
+    for name in OF_MICRO_BATCHES:
+        assert means[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize("options", [

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
-from luffy_trl.padding.micro_batches import drop_zero_advantages, optimizer_steps, order_by_length, trim
+from luffy_trl.padding.micro_batches import drop_rows_without_gradient, optimizer_steps, order_by_length, trim
 from luffy_trl.padding.packing import Layout
 from luffy_trl.tasks.letter_walk import split_walks, to_dataset
 
@@ -130,22 +130,31 @@ def test_pack_and_unpack():
     assert layout.unpack(packed).tolist() == [[6, 7], [0, 0], [0, 0]]
 
 
-def test_rows_without_advantage_are_dropped_and_made_up_for():
+def test_rows_without_advantage_are_dropped_and_micro_batches_say_what_is_left_of_them():
     first, second = batch([(1, 1)] * 3), batch([(1, 1)] * 3)
     first["advantages"], second["advantages"] = torch.tensor([0.0, 3.0, 0.0]), torch.tensor([6.0, 9.0, 0.0])
-    dropped = drop_zero_advantages([first, second], rows_count=True)
-    # a mean over 3 rows becomes one over 2, and over 1
-    assert [b["advantages"].tolist() for b in dropped] == [[2.0, 4.0], [3.0]]
-    assert [b["completion_ids"][:, 0].tolist() for b in dropped] == [[2, 1], [2]]
-    dropped = drop_zero_advantages([first, second], rows_count=False)
+    first["num_items_in_batch"] = second["num_items_in_batch"] = torch.tensor(12)
+    dropped = drop_rows_without_gradient([first, second], ["num_items_in_batch", "of another trainer"])
     assert [b["advantages"].tolist() for b in dropped] == [[3.0, 6.0], [9.0]]
+    assert [b["completion_ids"][:, 0].tolist() for b in dropped] == [[2, 1], [2]]
+    assert [b["share"] for b in dropped] == [pytest.approx(2 / 3), pytest.approx(1 / 3)]
+    assert [b["num_items_in_batch"].item() for b in dropped] == [pytest.approx(8), pytest.approx(4)]
+
+
+def test_rows_that_are_trained_without_advantage_stay():
+    first, second = batch([(1, 1)] * 3), batch([(1, 1)] * 3)
+    for b in (first, second):
+        b["advantages"], b["is_trained"] = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([True, False, True])
+    dropped = drop_rows_without_gradient([first, second], [])
+    assert [b["advantages"].tolist() for b in dropped] == [[1.0, 0.0], [1.0, 0.0]]
+    assert [b["is_trained"].all().item() for b in dropped] == [True, True]
 
 
 def test_a_step_without_any_advantage_still_has_its_forward_passes():
     batches = [batch([(1, 1)] * 3) for _ in range(2)]
     for b in batches:
         b["advantages"] = torch.zeros(3)
-    assert [len(b["advantages"]) for b in drop_zero_advantages(batches, rows_count=True)] == [1, 1]
+    assert [len(b["advantages"]) for b in drop_rows_without_gradient(batches, [])] == [1, 1]
 
 
 # Through the trainer: one generation of 4 prompts x 4, four micro-batches, two optimizer steps
@@ -225,23 +234,53 @@ def test_micro_batches_alone_change_for_bnpo(make_trainer, rows):
     assert len({b["prompt_ids"].size(1) + b["completion_ids"].size(1) for b in trainer._buffered_inputs}) > 1
 
 
+def some_right(prompts, completions, **kwargs):
+    """Of the prompts of `make_rows`: all right, all wrong, or only the demonstration right."""
+    return [
+        float(len(p) == 30 or (len(p) != 60 and c in ("a" * 15, "b#b")))
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("seed", [0, 6])  # with 6 the micro-batches of a step keep different numbers of rows
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"])
 def test_skipping_rows_without_advantage_changes_no_gradient(make_trainer, rows, loss_type, seed):
-    # all right, all wrong, or only the demonstration right
-    def reward(prompts, completions, **kwargs):
-        return [
-            float(len(p) == 30 or (len(p) != 60 and c in ("a" * 15, "b#b")))
-            for p, c in zip(prompts, completions, strict=True)
-        ]
-
-    options = {"loss_type": loss_type, "reward": reward, **SHAPE}
+    options = {"loss_type": loss_type, "reward": some_right, **SHAPE}
     theirs, _ = step_gradients(make_trainer(rows, **options), seed=seed)
     ours, shapes = step_gradients(make_trainer(rows, skip_zero_advantages=True, **options), seed=seed)
     assert_same_steps(ours, theirs, tolerance=2e-6)
     assert len(shapes) == 4  # every forward pass still happens
     assert sum(b for b, _, _ in shapes) < 16
     assert (seed == 0) == all(shapes[i][0] == shapes[i + 1][0] for i in (0, 2))
+
+
+# Demonstrations that are trained without an advantage, or averaged apart
+APART = [
+    {"demonstration_loss": "sft", "advantage_baseline": "on_policy"},
+    {"demonstration_loss": "sft", "advantage_baseline": "on_policy", "loss_type": "grpo", "success_gate": 0.0},
+    {"demonstration_loss": "sft", "advantage_baseline": "on_policy", "prefix_max": 0.5},
+    {
+        "demonstration_loss": "chord_phi", "advantage_baseline": "on_policy", "demonstration_average": "token",
+        "demonstration_weight": 0.4, "rollout_weight": "complement", "loss_type": "dapo",
+    },
+    {"demonstration_average": "sequence", "success_gate": 0.0, "loss_type": "dapo"},
+    {"demonstration_average": "sequence", "loss_type": "grpo"},
+]  # fmt: skip
+OF_MICRO_BATCHES = ("off_policy/loss", "groups/push_to_pull")
+
+
+@pytest.mark.parametrize("options", APART)
+def test_demonstrations_that_need_no_advantage_are_not_skipped(make_trainer, rows, options):
+    options = {"reward": some_right, "model_init_kwargs": {"dtype": torch.float64}, **SHAPE, **options}
+    whole, skipping = make_trainer(rows, **options), make_trainer(rows, skip_zero_advantages=True, **options)
+    theirs, _ = step_gradients(whole, seed=0)
+    ours, shapes = step_gradients(skipping, seed=0)
+    assert_same_steps(ours, theirs)
+    assert 4 <= sum(b for b, _, _ in shapes) < 16
+    means, expected = skipping._means.take(), whole._means.take()
+    for name in OF_MICRO_BATCHES:
+        assert means[name] == pytest.approx(expected[name], rel=1e-5), name
+    assert expected["off_policy/loss"] != 0
 
 
 @pytest.mark.parametrize(

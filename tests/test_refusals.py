@@ -32,7 +32,6 @@ from .run_two_processes import letters_reward
         ({"demonstration_weight_schedule": "step"}, "demonstration_weight_schedule='step' is not one of 'constant'"),
         ({"demonstration_loss": "chord_phi"}, "demonstration_loss='chord_phi' cannot be combined with advantage_base"),
         ({"demonstration_average": "row"}, "demonstration_average='row' is not one of 'joint', 'token', 'sequence'"),
-        ({"demonstration_average": "token", "skip_zero_advantages": True}, "demonstration_average='token', which"),
         ({"rollout_weight": "none"}, "rollout_weight='none' is not one of 'one', 'complement'"),
         ({"rollout_weight": "complement", "demonstration_weight": 1.5}, "demonstration_weight=1.5 must be at most 1"),
         ({"demonstration_weight_final": 0.1}, "demonstration_weight_final=0.1 has nothing to do with .*'constant'"),

@@ -244,11 +244,6 @@ class LuffyConfig(NoTokenInPickles, TokenBudgetConfig, GuidanceConfig, PaddingFr
                 f"{imitates} cannot be combined with advantage_baseline={self.advantage_baseline!r}: demonstrations "
                 "without an advantage of their own must not move the rollouts'. Set advantage_baseline='on_policy'."
             )
-        if self.demonstration_loss in IMITATIONS and self.skip_zero_advantages:
-            raise ValueError(
-                f"skip_zero_advantages=True cannot be combined with {imitates}: demonstrations are trained without an "
-                "advantage there. Set it to False."
-            )
         is_apart = self.demonstration_loss in IMITATIONS or self.demonstration_average != "joint"
         if is_apart and self.loss_type == "bnpo" and self.tokens_per_micro_batch is not None:
             raise ValueError(

@@ -102,7 +102,8 @@ def cold_start_sums(
         pull: a demonstration token's weight, without the factor of its row, `(B, T)`. A rollout's is its advantage.
         batch: `completion_mask`, `off_policy_mask`, `tool_mask` where there are tools `(B, T)`; `advantages`,
             `on_policy_weight`, `off_policy_weight`, `is_cold` `(B,)`.
-        on, off: what the loss divides a rollout token's and a demonstration token's by, `(B, 1)`.
+        on, off: what the loss divides a rollout token's and a demonstration token's by, in every micro-batch alike,
+            `(B, 1)`.
     """
     cold, off_policy = batch["is_cold"].unsqueeze(1), batch["off_policy_mask"]  # (B, 1), (B, T)
     on_policy = counted(batch) & ~off_policy  # (B, T)

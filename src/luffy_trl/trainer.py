@@ -59,6 +59,7 @@ from .objective import (
     items_in_batch,
     off_policy_loss,
 )
+from .padding.micro_batches import TRAINED_KEY
 from .padding.mixin import PaddingFreeMixin
 from .rewards.checked import checked
 from .runs.best import BestByRewardMixin
@@ -124,6 +125,7 @@ class LuffyTrainer(
     | --- | --- | --- | --- |
     | `off_policy_mask` | (B, T) bool | True on a demonstration's tokens, less what tools and users wrote. (TRL has a method's local of that name, which is True on tokens to keep.) | the loss, metrics |
     | `off_policy_weight`, `on_policy_weight` | (B,) | factors on demonstrations' loss (weight, schedule, gate), and rollouts' | the loss |
+    | `is_trained` | (B,) bool | True on rows that have a gradient; only with an SFT loss or CHORD's, which need no advantage | `skip_zero_advantages` |
     | `is_cold` | (B,) bool | True in groups without a right rollout | metrics |
     | `behavior_logps` | (B, T) | log-probs of who wrote them, 0 where unknown; only where a source gives any | the loss, metrics |
     | `row_to_remember` | (B,) | the dataset's row of a solved rollout, else -1; only with replay | `remember_solved` |
@@ -226,6 +228,9 @@ class LuffyTrainer(
             output["is_cold"] = self._own(outcome.is_cold)
             if args.advantage_baseline == "on_policy" or args.success_gate is not None:
                 output["advantages"] = self._credited(output["advantages"], per_func, outcome, is_continued)
+            if args.demonstration_loss in IMITATIONS:  # without an advantage, too
+                imitated = off_policy.any(1) & (output["off_policy_weight"] > 0)  # (B,)
+                output[TRAINED_KEY] = imitated | (output["advantages"] != 0)
             if self._source.gives_logps:
                 output["behavior_logps"] = behavior_logps(placed, mask)
             if self._source.uses_rollouts:
@@ -338,8 +343,10 @@ class LuffyTrainer(
         per_token_loss = self._demonstration_loss(shown, inputs)  # (B, T)
         term = demonstration_term(per_token_loss, off_policy, inputs["off_policy_weight"], off)
         [gradient] = torch.autograd.grad(per_token_loss.sum(), shown, retain_graph=True)  # (B, T), of these alone
-        sums = cold_start_sums(logps.detach(), -gradient, inputs, on, off)
-        self._log_tokens(logps.detach(), entropies.detach(), inputs, sums | {"off_policy/loss": (term.detach(), 1.0)})
+        share = inputs.get("share", 1.0)  # of one of TRL's micro-batches
+        sums = cold_start_sums(logps.detach(), -gradient, inputs, on / share, off / share)
+        sums["off_policy/loss"] = term.detach() * share, inputs.get("in_place_of", 1.0)
+        self._log_tokens(logps.detach(), entropies.detach(), inputs, sums)
         if self._source.uses_rollouts:
             remember_solved(self._source, inputs, logps.detach(), entropies.detach())
         return loss + term / self.current_gradient_accumulation_steps

@@ -97,11 +97,6 @@ class GuidanceConfig(GRPOConfig):
     def __post_init__(self):
         self._check_weights()
         self._check_success()
-        if self.demonstration_average != "joint" and self.skip_zero_advantages:
-            raise ValueError(
-                f"skip_zero_advantages=True cannot be combined with demonstration_average="
-                f"{self.demonstration_average!r}, which counts the rows of a generation. Set it to False."
-            )
         super().__post_init__()
 
     def _check_weights(self):

@@ -1,8 +1,7 @@
 """The rows of an optimizer step, in micro-batches that a budget of tokens allows, with what a loss must know of them.
 
-TRL's losses average over the rows or the tokens of a micro-batch, and divide by how many of them a step has. A row
-counts as much as before in a micro-batch of another size if its `share`, how many of TRL's micro-batches it is worth,
-goes into what is divided by.
+A row counts as much as before in a micro-batch of another size if its `share`, how many of TRL's micro-batches it is
+worth, goes into what is divided by (`counted_as`).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .dealing import Form, Rows, deal
-from .micro_batches import Batch, cut, has_rows, joined, kept_width, selected
+from .micro_batches import Batch, counted_as, cut, has_gradient, has_rows, joined, kept_width, selected
 from .packing import Layout
 
 
@@ -47,7 +46,7 @@ class StepRows:
             self._together["prompt_mask"].sum(1),
             self._together["completion_mask"].sum(1),
             prompt_ids.unique(dim=0, return_inverse=True)[1],
-            (self._together["advantages"] != 0).long(),
+            has_gradient(self._together).long(),
         ]
         prompts, completions, groups, counts = torch.stack(facts).tolist()  # waits once for each step's rows
         self.rows = Rows(prompts, completions, groups)
@@ -84,14 +83,11 @@ class StepRows:
         indices = indices.pin_memory() if device.type == "cuda" else indices
         batch = self._one_value | selected(self._together, indices.to(device, non_blocking=True))
         tokens = batch.pop(_TOKENS)  # (B,)
-        share = len(part) / self._rows_each
-        # TRL's is one value for the generation, which it divides by a step's micro-batches
-        batch |= {key: batch[key] * share for key in self._count_keys if key in batch}
+        batch = counted_as(batch, len(part) / self._rows_each, self._count_keys)
         if per_token:
             own = _tokens_a_row(batch)
             batch["advantages"] = batch["advantages"] * (own / tokens).view(-1, *[1] * (batch["advantages"].dim() - 1))
         batch = cut(batch, max(rows.prompts), max(rows.completions), self._multiple_of, self._completion_keys)
-        batch["share"] = share
         if form != "padded":
             widths = batch["prompt_ids"].size(1), batch["completion_ids"].size(1)
             batch["layout"] = Layout.of(rows, *widths, shared=form == "shared", device=device)

@@ -53,8 +53,9 @@ class PaddingFreeConfig(GRPOConfig):
         default=False,
         metadata={
             "help": "Leave rows without an advantage out of the forward and backward pass: they add nothing to the "
-            "gradient. Token metrics (entropy, prob) are then means over the other rows. Not with beta > 0, an "
-            "entropy bonus, top_entropy_quantile < 1 or 'bnpo', which use these rows. Default: False."
+            "gradient. (Demonstrations under a loss that needs no advantage stay.) Token metrics (entropy, prob) are "
+            "then means over the other rows. Not with beta > 0, an entropy bonus, top_entropy_quantile < 1 or 'bnpo', "
+            "which use these rows. Default: False."
         },
     )
 

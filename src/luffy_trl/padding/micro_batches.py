@@ -26,6 +26,9 @@ COMPLETION_KEYS = (
     "tool_mask",
 )
 
+# Optional, True on rows that have a gradient, (B,); without it those with an advantage
+TRAINED_KEY = "is_trained"
+
 Batch = dict[str, Any]
 
 
@@ -54,26 +57,38 @@ def order_by_length(batches: list[Batch]) -> list[Batch]:
     return _deal(batches, order.split([len(batch["prompt_mask"]) for batch in batches]))
 
 
-def drop_zero_advantages(batches: list[Batch], rows_count: bool) -> list[Batch]:
+def drop_rows_without_gradient(batches: list[Batch], count_keys: Sequence[str]) -> list[Batch]:
     """The rows that have a gradient, spread evenly over as many micro-batches; each keeps at least one row.
 
-    A row without an advantage adds nothing to a loss without KL and entropy bonus. Every process still runs as many
-    forward passes as the others.
+    Every process still runs as many forward passes as the others.
 
     Args:
         batches: the micro-batches of one optimizer step.
-        rows_count: whether the loss is divided by the number of rows of a micro-batch. The advantages then make up
-            for the rows that are missing.
+        count_keys: of the batch, numbers of tokens or rows in a generation.
     """
-    advantages = torch.cat([batch["advantages"] for batch in batches])  # (N,)
-    kept = (advantages != 0).nonzero().flatten()
+    trained = torch.cat([has_gradient(batch) for batch in batches])  # (N,)
+    kept = trained.nonzero().flatten()
     if len(kept) < len(batches):  # not enough for a row each: fill up with rows that add nothing
-        kept = torch.cat([kept, (advantages == 0).nonzero().flatten()[: len(batches) - len(kept)]])
+        kept = torch.cat([kept, (~trained).nonzero().flatten()[: len(batches) - len(kept)]])
     smaller = _deal(batches, kept.tensor_split(len(batches)))
-    if rows_count:
-        for batch, original in zip(smaller, batches, strict=True):
-            batch["advantages"] = batch["advantages"] * (len(batch["advantages"]) / len(original["advantages"]))
-    return smaller
+    return [
+        counted_as(batch, len(batch["advantages"]) / len(original["advantages"]), count_keys)
+        for batch, original in zip(smaller, batches, strict=True)
+    ]
+
+
+def has_gradient(batch: Batch) -> torch.Tensor:
+    """True on rows that the loss, without KL and entropy bonus, has a gradient of, `(B,)`."""
+    return batch[TRAINED_KEY] if TRAINED_KEY in batch else batch["advantages"] != 0
+
+
+def counted_as(batch: Batch, share: float, count_keys: Sequence[str]) -> Batch:
+    """The micro-batch with `share`, how many of TRL's micro-batches its rows are worth.
+
+    TRL's losses average over the rows or the tokens of a micro-batch, and divide by how many of them a step has: the
+    trainer divides by `share` times fewer. What TRL averages over a whole generation is counted as if it were smaller.
+    """
+    return batch | {key: batch[key] * share for key in count_keys if key in batch} | {"share": share}
 
 
 def _deal(batches: list[Batch], rows: Sequence[torch.Tensor]) -> list[Batch]:

@@ -15,15 +15,12 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 
 from .budget import Due, StepRows, dealt, form_of
 from .config import PaddingFreeConfig
-from .micro_batches import COMPLETION_KEYS, Batch, drop_zero_advantages, optimizer_steps, order_by_length, trim
+from .micro_batches import COMPLETION_KEYS, Batch, drop_rows_without_gradient, optimizer_steps, order_by_length, trim
 from .packing import Layout
 from .scoring import ScoringMixin
 
 
 logger = get_logger(__name__)
-
-# These divide a token's loss by the tokens of a generation, the others by the rows of a micro-batch
-LOSSES_OVER_TOKENS = ("dapo", "cispo", "vespo")
 
 
 class PaddingFreeMixin(ScoringMixin):
@@ -113,8 +110,8 @@ class PaddingFreeMixin(ScoringMixin):
 
     def _reorder(self, batches: list[Batch], step: range) -> list[Batch]:
         ordered = order_by_length([batches[i] for i in step])
-        if self.args.skip_zero_advantages:  # after the order: its advantages are those of a micro-batch's size
-            ordered = drop_zero_advantages(ordered, rows_count=self.loss_type not in LOSSES_OVER_TOKENS)
+        if self.args.skip_zero_advantages:
+            ordered = drop_rows_without_gradient(ordered, self._count_keys)
             most = self._largest([len(batch["advantages"]) for batch in ordered])
             ordered = [batch | {"most_rows": rows} for batch, rows in zip(ordered, most, strict=True)]
         return ordered
@@ -139,7 +136,7 @@ class PaddingFreeMixin(ScoringMixin):
             most = self._largest([len(chosen) for chosen in rows])
             for chosen, rows_elsewhere in zip(rows, most, strict=True):
                 batch = step.micro_batch(chosen, form, per_token=self.loss_type == "bnpo")
-                due[part.stop - 1].append(batch | {"most_rows": rows_elsewhere})
+                due[part.stop - 1].append(batch | {"most_rows": rows_elsewhere, "in_place_of": len(part) / len(rows)})
             self._tell_of_long_rows(sum(step.rows.of(chosen).tokens(form) > budget for chosen in rows))
         return due
 
