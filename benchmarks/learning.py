@@ -103,6 +103,7 @@ def grid(seeds: tuple[int, ...] = SEEDS, rates: tuple[float, ...] = LEARNING_RAT
     choose_rates("letter walk")
     add("clean", ALL)
     add("60% faulty", ALL, data={"faulty": 0.6})
+    add("60% faulty, wrong ones dropped", ("LUFFY", "SFT"), data={"faulty": 0.6, "dropped": True})
     for epsilon in (0.2, 1e6):  # several optimizer steps a generation: in the first one the clip never acts
         flags = {"num_iterations": 4, "epsilon": epsilon}
         add("four steps a generation", ("LUFFY",), flags=flags, label=f"epsilon {epsilon:g}")
@@ -157,6 +158,7 @@ def execute(run: Run, base: Path, learning_rate: float, steps: int, test_size: i
         "accuracy": {str(k): accuracy(model, tokenizer, tests[k], max_new_tokens=limit) for k in LENGTHS},
         "sampled": {str(k): sample_answers(model, tokenizer, tests[k][:SAMPLED_SIZE], limit) for k in (5, 7)},
         "curves": probe.curves, "generated_tokens": generated, "clip_ratio": clipped, "train_cpu_seconds": seconds,
+        "date": date.today().isoformat(),
     }  # fmt: skip
 
 
@@ -342,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(f"Stopped. {len(read_runs(log))} runs are in {log}; the same command goes on from there.")
     done = read_runs(log)
     results = {
-        "date": date.today().isoformat(),
+        "dates": sorted({done[run.key]["date"] for run in runs if run.key in done}),
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores, one thread a run",
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
         "seeds": args.seeds,

@@ -127,9 +127,8 @@ def rates_table(runs: list[Result], chosen: dict[str, float]) -> str:
 
 def markdown(results: Result) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    parts = [
-        f"Measured {results['date']} on {results['device']}; {versions}; {results['steps']} optimizer steps a run."
-    ]
+    dates = " to ".join(dict.fromkeys([results["dates"][0], results["dates"][-1]]))
+    parts = [f"Measured {dates} on {results['device']}; {versions}; {results['steps']} optimizer steps a run."]
     for condition, runs in grouped(results["runs"], lambda run: run["condition"]).items():
         title = f"### {condition[0].upper()}{condition[1:]}"
         if condition.startswith("validation"):

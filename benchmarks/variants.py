@@ -14,6 +14,7 @@ DEMONSTRATION_STYLES = ("plain", "doubled")
 def demonstrate(
     walks: Sequence[Walk],
     faulty: float = 0.0,
+    dropped: bool = False,
     demonstrated: float = 1.0,
     style: str = "plain",
     copies: int = 1,
@@ -25,6 +26,7 @@ def demonstrate(
         walks: the problems.
         faulty: share of the demonstrations that leave the last shift out, and so end on a wrong letter: the same slip
             each time, which a policy can learn. They earn no reward.
+        dropped: leave the faulty ones out again, as a reward that knows them lets one do before training.
         demonstrated: share of the problems that have a demonstration.
         style: "plain", or "doubled": every letter of the working twice, with the right answer.
         copies: of each demonstration, for groups that hold several; above 1 they are in `demonstrations`.
@@ -40,6 +42,8 @@ def demonstrate(
     wrong = set(rng.sample(chosen, round(faulty * len(chosen))))
     completions: list[str | None] = [None] * len(walks)
     for i in chosen:
+        if dropped and i in wrong:
+            continue
         steps = walks[i].steps()
         steps = steps[:-1] if i in wrong else steps
         completions[i] = answered([step for step in steps for _ in range(2)] if style == "doubled" else steps)

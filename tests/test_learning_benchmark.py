@@ -41,6 +41,15 @@ def test_the_share_of_faulty_demonstrations_earns_no_reward():
     assert faulty[wrong]["completion"] == answered(walks[wrong].steps()[:-1])
 
 
+def test_faulty_demonstrations_can_be_dropped_and_the_others_stay_as_they_are():
+    walks = split_walks(train_size=200)["train"]
+    kept = demonstrate(walks, faulty=0.6, dropped=True, seed=1)
+    assert len(kept) == 200
+    assert rewards(kept) == [1.0] * 80
+    whole = demonstrate(walks, faulty=0.6, seed=1)
+    assert all(a is None or a == b for a, b in zip(kept["completion"], whole["completion"], strict=True))
+
+
 def test_few_are_demonstrated_and_all_of_them_stay_in_the_data():
     walks = split_walks(train_size=200)["train"]
     few = demonstrate(walks, demonstrated=0.05)
@@ -138,10 +147,11 @@ def test_tables_show_what_was_measured_and_name_what_was_not(monkeypatch):
     assert cell([20.0, float("inf")], ".0f") == "20 to never (1 of 2)"
     text = markdown(
         {
-            "date": "d", "device": "c", "versions": {"trl": "1"}, "steps": 2, "runs": [],
+            "dates": ["d", "e", "f"], "device": "c", "versions": {"trl": "1"}, "steps": 2, "runs": [],
             "missing": ["clean | LUFFY |  | seed 0", "clean | SFT |  | seed 0"],
         }
     )  # fmt: skip
+    assert "Measured d to f on c;" in text
     assert "**Not measured**: clean (2 runs)." in text
 
 
