@@ -62,11 +62,14 @@ WITH_SFTS_RATE = ("sft_then_luffy", "rl_sft", "luffy_log")
 METHODS = ("sft", "luffy", "luffy_on_policy", "grpo", "sft_then_rl", "sft_then_luffy")
 # From the cold base also what helps a tiny model there (cold_start.py)
 MORE_METHODS = {
-    "warm": ("rl_sft", "mixed_policy", "prefix"),
+    "warm": ("rl_sft", "mixed_policy", "prefix", "sft_then_rl_slow", "sft_then_rl_slow_long"),
     "cold": ("luffy_log", "rl_sft", "mixed_policy", "prefix"),
 }
 # As many seconds as LUFFY takes, in place of as many demonstrations
-LONG = {"sft_long": "sft", "sft_then_rl_long": "sft_then_rl"}
+LONG = {"sft_long": "sft", "sft_then_rl_long": "sft_then_rl", "sft_then_rl_slow_long": "sft_then_rl"}
+# At the other rate: 128 answers to one seed's problems do not tell 40% from 33%, and RL alone learns at this one
+SLOW = {"sft_then_rl_slow": "sft_then_rl", "sft_then_rl_slow_long": "sft_then_rl"}
+SLOW_RATE = 1e-5
 REGIMES = ("warm", "cold")
 HELD_OUT = "held_out"
 COPYING = threading.Lock()
@@ -97,7 +100,7 @@ def jobs(seeds: tuple[int, ...]) -> list[Job]:
         listed.append(Job(regime, "base", 0))
         listed += [Job(regime, method, RATE_SEED, rate) for method in TUNED[regime] for rate in RATES[regime]]
         listed += [Job(regime, method, seed) for seed in seeds for method in METHODS]
-        listed += [Job(regime, method, seed) for seed in seeds for method in LONG]
+        listed += [Job(regime, method, seed) for seed in seeds for method in LONG if method not in SLOW]
     for regime, methods in MORE_METHODS.items():
         listed += [Job(regime, method, seed) for method in methods for seed in seeds]
     return listed
@@ -150,13 +153,17 @@ def on_cpu() -> list[str]:
 # Runs
 
 
+def as_compare_knows(method: str) -> str:
+    return (LONG | SLOW).get(method, method)
+
+
 def execute(job: Job, base: Path, directory: Path, rate: float | None, steps: int) -> dict[str, Any]:
     """Train and measure one job, and leave only numbers of it."""
     output, measured = directory / "runs" / job.name, directory / "bases" / f"{job.regime}-measured"
     with COPYING:  # every comparison measures its base: once is enough
         if measured.is_dir():
             shutil.copytree(measured, output / "runs" / "base", dirs_exist_ok=True)
-    method = LONG.get(job.method, job.method)
+    method = as_compare_knows(job.method)
     argv = ["compare", "--config", str(RECIPE), "--model_name_or_path", str(base), "--methods", method]
     argv += ["--seeds", str(job.seed), "--output_dir", str(output), "--max_steps", str(steps)]
     argv += ["--eval_args", "--batch_size 64", "--answers", "sampled"]
@@ -222,11 +229,13 @@ class Results:
     def rate(self, job: Job) -> float | None:
         if job.rate is not None or job.method == "base":
             return job.rate
+        if job.method in SLOW:
+            return SLOW_RATE
         trials = [
             Measured(run["method"], run["seed"], run["learning_rate"], run["accuracy"])
             for run in self.trials(job.regime)
         ]
-        method, rates = LONG.get(job.method, job.method), chosen_rates(trials, HELD_OUT)
+        method, rates = as_compare_knows(job.method), chosen_rates(trials, HELD_OUT)
         other = "sft" if method in WITH_SFTS_RATE else "luffy"
         return rates[method if method in TUNED[job.regime] else other]
 
@@ -263,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.report:
         return report(args)
     os.environ.setdefault("OMP_NUM_THREADS", "1" if args.workers > 1 else str(os.cpu_count()))
-    unknown = {*METHODS, *LONG.values()}.union(*MORE_METHODS.values()) - set(known_methods())
+    unknown = {as_compare_knows(job.method) for job in jobs(tuple(args.seeds))} - {*known_methods(), "base"}
     assert not unknown, unknown
     bases, results, start = prepare_bases(args.directory), Results(args.output), time.monotonic()
 

@@ -12,7 +12,12 @@ from luffy_trl.comparing.methods import known_methods
 
 Result = dict[str, Any]
 WRITER = "benchmarks/lm.py"
-LONG_LABELS = {"sft_long": "SFT, LUFFY's seconds", "sft_then_rl_long": "SFT, then RL, LUFFY's seconds"}
+LABELS = {
+    "sft_long": "SFT, LUFFY's seconds",
+    "sft_then_rl_long": "SFT, then RL, LUFFY's seconds",
+    "sft_then_rl_slow": "SFT, then RL, lower rate",
+    "sft_then_rl_slow_long": "SFT, then RL, lower rate, LUFFY's seconds",
+}
 TESTS = {"held_out": "sums of three", "longer_sums": "sums of four", "reversal": "reversal (not trained)"}
 REGIMES = {"warm": "Warm", "cold": "Cold"}
 COLUMNS: dict[str, Callable[[Result], float | None]] = {
@@ -29,7 +34,7 @@ FORMATS = {"other text, nats": ".2f", "entropy": ".2f", "tokens": ",.0f", "CPU s
 
 def label_of(method: str) -> str:
     methods = known_methods()
-    return LONG_LABELS.get(method) or (methods[method].label if method in methods else method)
+    return LABELS.get(method) or (methods[method].label if method in methods else method)
 
 
 def cell(values: list[float | None], spec: str) -> str:

@@ -38,9 +38,10 @@ def test_a_real_models_runs_are_all_different_and_rates_have_a_seed_of_their_own
         job.seed for job in jobs if job.rate is None and job.method != "base"
     }
     measured = {job.method for job in jobs if job.rate is None} - {"base"}
-    assert measured - set(lm.LONG) <= set(known_methods())
+    assert {lm.as_compare_knows(method) for method in measured} <= set(known_methods())
+    only_in = {"luffy_log": "cold"} | dict.fromkeys(lm.SLOW, "warm")
     for method in measured:
-        for regime in ("cold",) if method == "luffy_log" else lm.REGIMES:
+        for regime in (only_in[method],) if method in only_in else lm.REGIMES:
             assert [job.seed for job in jobs if (job.regime, job.method, job.rate) == (regime, method, None)] == [0, 1]
 
 
@@ -61,6 +62,17 @@ def test_a_method_of_as_many_seconds_has_as_many_more_steps(lm, tmp_path):
     assert results.steps(of["sft_long"], 20) == 200
     assert results.steps(of["sft"], 20) == results.steps(of["luffy"], 20) == 20
     assert results.rate(of["sft_long"]) == results.rate(of["sft"])
+
+
+def test_sft_then_rl_at_the_lower_rate_has_it_whatever_was_chosen(lm, tmp_path):
+    path = tmp_path / "results.json"
+    trials = [
+        run(m, 7, 0.1, rate=3e-5, chooses_rate=True, cpu_seconds=s) for m, s in (("luffy", 90), ("sft_then_rl", 60))
+    ]
+    path.write_text(json.dumps({"runs": trials}))
+    results = lm.Results(path)
+    jobs = [lm.Job("warm", method, 0) for method in ("sft_then_rl", "sft_then_rl_slow", "sft_then_rl_slow_long")]
+    assert [(results.rate(job), results.steps(job, 20)) for job in jobs] == [(3e-5, 20), (1e-5, 20), (1e-5, 30)]
 
 
 def test_the_tables_of_a_real_model_are_means_over_its_seeds():

@@ -12,9 +12,9 @@ from luffy_trl.metrics import (
     ColdStart,
     Means,
     Stopwatch,
-    cold_start_sums,
     group_metrics,
     length_sums,
+    objective_sums,
     source_sums,
     token_sums,
 )
@@ -89,9 +89,16 @@ def test_push_and_pull_are_weights_times_what_a_token_can_still_move():
     }
     pull = torch.tensor([[9.0] * 3, [0.3, 0.2, 0.1], [9.0] * 3])
     on, off = torch.tensor([[2.0], [3.0], [2.0]]), torch.tensor([[5.0], [4.0], [5.0]])
-    [(pushed, pulled)] = cold_start_sums(logps, pull, batch, on, off).values()
+    sums = objective_sums(torch.tensor(1.5), logps, pull, batch, on, off)
+    pushed, pulled = sums["groups/push_to_pull"]
     assert float(pushed) == pytest.approx(0.4 * 0.5 * (0.5 + 0.75) / 2)
     assert float(pulled) == pytest.approx(2 * (0.3 * 0.9 + 0.2 * 0.1 + 0.0) / 4)
+    assert sums["off_policy/loss"] == (1.5, 1.0)
+
+    # a micro-batch of three rows, where TRL's have four: two of those became three
+    dealt = objective_sums(torch.tensor(1.5), logps, pull, batch | {"share": 0.75, "in_place_of": 2 / 3}, on, off)
+    assert dealt["groups/push_to_pull"] == (pytest.approx(0.75 * float(pushed)), pytest.approx(0.75 * float(pulled)))
+    assert dealt["off_policy/loss"] == (1.125, 2 / 3)
 
 
 def test_a_cold_start_is_said_once_it_has_lasted():

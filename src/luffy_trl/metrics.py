@@ -90,27 +90,38 @@ def token_sums(
     }
 
 
-def cold_start_sums(
-    logps: torch.Tensor, pull: torch.Tensor, batch: Mapping[str, torch.Tensor], on: torch.Tensor, off: torch.Tensor
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """How much the rollouts of groups without a right one push down, for what their demonstrations pull up.
+def objective_sums(
+    term: torch.Tensor,
+    logps: torch.Tensor,
+    pull: torch.Tensor,
+    batch: Mapping[str, torch.Tensor],
+    on: torch.Tensor,
+    off: torch.Tensor,
+) -> Sums:
+    """The demonstrations' loss, and how much the rollouts of groups without a right one push down, for what their
+    demonstrations pull up.
 
     A token's logit moves by its weight on grad log pi times 1 - pi: one of which the policy is sure hardly moves.
 
     Args:
+        term: the demonstrations' part of the micro-batch's loss, a scalar.
         logps: of the policy, `(B, T)`, in nats.
         pull: a demonstration token's weight, without the factor of its row, `(B, T)`. A rollout's is its advantage.
         batch: `completion_mask`, `off_policy_mask`, `tool_mask` where there are tools `(B, T)`; `advantages`,
-            `on_policy_weight`, `off_policy_weight`, `is_cold` `(B,)`.
-        on, off: what the loss divides a rollout token's and a demonstration token's by, in every micro-batch alike,
-            `(B, 1)`.
+            `on_policy_weight`, `off_policy_weight`, `is_cold` `(B,)`; where it is none of TRL's `share`, how many of
+            those its rows are worth, and `in_place_of`, how many it stands for.
+        on, off: what the loss divides a rollout token's and a demonstration token's by, `(B, 1)`.
     """
+    share, stands_for = batch.get("share", 1.0), batch.get("in_place_of", 1.0)
     cold, off_policy = batch["is_cold"].unsqueeze(1), batch["off_policy_mask"]  # (B, 1), (B, T)
     on_policy = counted(batch) & ~off_policy  # (B, T)
     room = 1 - logps.exp()  # (B, T)
-    push = -(batch["on_policy_weight"] * batch["advantages"]).unsqueeze(1).clamp(max=0.0) / on  # (B, 1)
-    pull = batch["off_policy_weight"].unsqueeze(1) * pull.clamp(min=0.0) / off  # (B, T)
-    return {"groups/push_to_pull": (_sum(push * room, on_policy & cold), _sum(pull * room, off_policy & cold))}
+    push = -(batch["on_policy_weight"] * batch["advantages"]).unsqueeze(1).clamp(max=0.0) * share / on  # (B, 1)
+    pull = batch["off_policy_weight"].unsqueeze(1) * pull.clamp(min=0.0) * share / off  # (B, T)
+    return {
+        "off_policy/loss": (term * share, stands_for),
+        "groups/push_to_pull": (_sum(push * room, on_policy & cold), _sum(pull * room, off_policy & cold)),
+    }
 
 
 def _on_device(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
@@ -190,7 +201,7 @@ class ColdStart:
 
         Args:
             solve_none: share of the groups without a right rollout.
-            push_to_pull: of `cold_start_sums`, 0 where nothing pulls.
+            push_to_pull: of `objective_sums`, 0 where nothing pulls.
         """
         if solve_none < 1 or self.since is None:
             self.since = step

@@ -48,13 +48,14 @@ from .demonstrations.placement import (
 from .demonstrations.schedules import prefix_ratio
 from .demonstrations.sources import DemonstrationSource, NoSource, open_source, remember_solved
 from .hub.mixin import HubPushMixin
-from .metrics import ColdStart, Means, Stopwatch, cold_start_sums, group_metrics, length_sums, source_sums, token_sums
+from .metrics import ColdStart, Means, Stopwatch, group_metrics, length_sums, objective_sums, source_sums, token_sums
 from .objective import (
     IMITATIONS,
     ITEM_KEYS,
     counted,
     demonstration_term,
     denominators,
+    have_gradient,
     hide_demonstrations,
     items_in_batch,
     off_policy_loss,
@@ -125,7 +126,7 @@ class LuffyTrainer(
     | --- | --- | --- | --- |
     | `off_policy_mask` | (B, T) bool | True on a demonstration's tokens, less what tools and users wrote. (TRL has a method's local of that name, which is True on tokens to keep.) | the loss, metrics |
     | `off_policy_weight`, `on_policy_weight` | (B,) | factors on demonstrations' loss (weight, schedule, gate), and rollouts' | the loss |
-    | `is_trained` | (B,) bool | True on rows that have a gradient; only with an SFT loss or CHORD's, which need no advantage | `skip_zero_advantages` |
+    | `is_trained` | (B,) bool | True on rows that have an advantage, or a demonstration under a loss that needs none | `skip_zero_advantages` |
     | `is_cold` | (B,) bool | True in groups without a right rollout | metrics |
     | `behavior_logps` | (B, T) | log-probs of who wrote them, 0 where unknown; only where a source gives any | the loss, metrics |
     | `row_to_remember` | (B,) | the dataset's row of a solved rollout, else -1; only with replay | `remember_solved` |
@@ -228,9 +229,7 @@ class LuffyTrainer(
             output["is_cold"] = self._own(outcome.is_cold)
             if args.advantage_baseline == "on_policy" or args.success_gate is not None:
                 output["advantages"] = self._credited(output["advantages"], per_func, outcome, is_continued)
-            if args.demonstration_loss in IMITATIONS:  # without an advantage, too
-                imitated = off_policy.any(1) & (output["off_policy_weight"] > 0)  # (B,)
-                output[TRAINED_KEY] = imitated | (output["advantages"] != 0)
+            output[TRAINED_KEY] = have_gradient(output, args.demonstration_loss)
             if self._source.gives_logps:
                 output["behavior_logps"] = behavior_logps(placed, mask)
             if self._source.uses_rollouts:
@@ -329,8 +328,7 @@ class LuffyTrainer(
         if "off_policy_mask" not in inputs:  # num_demonstrations=0
             with self._keeping_forward() as forward:
                 loss = super()._compute_loss(model, inputs)
-            logps, entropies = forward  # (B, T)
-            self._log_tokens(logps.detach(), entropies.detach(), inputs, {})
+            self._log_tokens(inputs, {}, *forward)
             return loss
 
         off_policy = inputs["off_policy_mask"]  # (B, T)
@@ -343,10 +341,8 @@ class LuffyTrainer(
         per_token_loss = self._demonstration_loss(shown, inputs)  # (B, T)
         term = demonstration_term(per_token_loss, off_policy, inputs["off_policy_weight"], off)
         [gradient] = torch.autograd.grad(per_token_loss.sum(), shown, retain_graph=True)  # (B, T), of these alone
-        share = inputs.get("share", 1.0)  # of one of TRL's micro-batches
-        sums = cold_start_sums(logps.detach(), -gradient, inputs, on / share, off / share)
-        sums["off_policy/loss"] = term.detach() * share, inputs.get("in_place_of", 1.0)
-        self._log_tokens(logps.detach(), entropies.detach(), inputs, sums)
+        sums = objective_sums(term.detach(), logps.detach(), -gradient, inputs, on, off)
+        self._log_tokens(inputs, sums, logps, entropies)
         if self._source.uses_rollouts:
             remember_solved(self._source, inputs, logps.detach(), entropies.detach())
         return loss + term / self.current_gradient_accumulation_steps
@@ -398,17 +394,16 @@ class LuffyTrainer(
         for message in messages:
             logger.warning_once(message)
 
-    def _log_tokens(self, logps, entropies, inputs: dict[str, Any], sums: dict[str, tuple]) -> None:
+    def _log_tokens(self, inputs: dict[str, Any], sums: Mapping[str, tuple], logps, entropies) -> None:
         mask = counted(inputs)  # (B, T)
         off_policy = inputs.get("off_policy_mask", torch.zeros_like(mask))
         behavior = inputs.get("behavior_logps")
         gamma = self.args.shaping_gamma if self.args.shaping == "regularized" else None
-        self._means.add(sums | token_sums(logps, entropies, mask, off_policy, behavior, gamma))
+        self._means.add({**sums} | token_sums(logps.detach(), entropies.detach(), mask, off_policy, behavior, gamma))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            metrics = self._metrics["train"]
-            means = self._means.take()
+            metrics, means = self._metrics["train"], self._means.take()
             if unsolved := metrics.get("groups/solve_none"):  # none where rollouts of an earlier log are trained on
                 step, push_to_pull = self.state.global_step, means.get("groups/push_to_pull", 0.0)
                 if self._cold_start.look(step, min(unsolved), push_to_pull):
