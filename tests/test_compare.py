@@ -92,6 +92,8 @@ def test_stages_share_the_steps_and_hand_the_model_on():
     first, second = recipes("sft_then_rl")
     assert (first["max_steps"], second["max_steps"]) == (2, 3)
     assert second["model_name_or_path"] == first["output_dir"]
+    first, second = recipes("sft_then_rl", recipe=RECIPE | {"max_steps": 1e3})  # as YAML reads it
+    assert (first["max_steps"], second["max_steps"]) == (500, 500)
     first, second = recipes("sft_then_rl", token_budget=1000)
     assert first["token_budget"] == second["token_budget"] == 500
 
@@ -106,6 +108,7 @@ def test_an_adapter_is_merged_before_the_next_stage():
     [
         ({"max_steps": -1}, "max_steps must be in the recipe"),
         ({"max_steps": 1}, "no step is left for stage 1"),
+        ({"max_steps": 0}, "max_steps: 0 must be a whole number of 1 or more"),
         ({"per_device_train_batch_size": 2}, "less than a group of 8"),
         ({"num_generations": 0}, "num_generations: 0 must be a whole number of 1 or more"),
         ({"num_generations": None}, "num_generations: None must be a whole number"),

@@ -55,6 +55,8 @@ OPTIONS = {
         "loss_type": "grpo",
         "tokens_per_micro_batch": 70,
         "skip_zero_advantages": True,
+        "demonstration_loss": "sft",
+        "advantage_baseline": "on_policy",
     },
 }
 
@@ -62,7 +64,14 @@ OPTIONS = {
 # Whether rows are left out, which are another process's fill -> metrics that are the same on any number of processes
 COMPARED = {
     False: ("on_policy/", "off_policy/", "groups/", "tools/"),
-    True: ("on_policy/reward", "on_policy/length", "off_policy/reward", "off_policy/length", "groups/"),
+    True: (
+        "on_policy/reward",
+        "on_policy/length",
+        "off_policy/reward",
+        "off_policy/length",
+        "off_policy/loss",
+        "groups/",
+    ),
 }
 
 

@@ -120,15 +120,19 @@ class Plan:
 
     def is_adapter(self, run: PlannedRun, number: int) -> bool:
         """Whether that is what a stage saves."""
-        return is_true((self.recipe | dict(run.stages[number].fields)).get("use_peft"))
+        return is_true(self.written(run, number).get("use_peft"))
+
+    def written(self, run: PlannedRun, number: int) -> Recipe:
+        """The recipe with the fields of a stage over it, as they were written."""
+        return self.recipe | dict(run.stages[number].fields)
 
     def _amount(self, run: PlannedRun, number: int) -> Recipe:
         """Steps of a stage, and tokens."""
-        steps = self.recipe.get("max_steps", -1)
-        if not isinstance(steps, int) or steps < 1:
+        if self.recipe.get("max_steps", -1) == -1:
             raise ComparisonError(
                 "max_steps must be in the recipe, or a flag: methods are compared after as many optimizer steps."
             )
+        steps = _count(self.recipe, "max_steps")
         own = stage_steps(run.stages, steps)[number]
         if own < 1:
             raise ComparisonError(f"{run.name}: of max_steps {steps} no step is left for stage {number + 1}.")
@@ -152,8 +156,8 @@ class Plan:
         return {name: value for name, value in recipe.items() if name in known} | batch
 
 
-def _count(recipe: Recipe, name: str, default: int) -> int:
-    value = recipe.get(name, default)
+def _count(recipe: Recipe, name: str, default: int | None = None) -> int:
+    value: Any = recipe.get(name, default)
     try:
         number = float(value)
     except (TypeError, ValueError):

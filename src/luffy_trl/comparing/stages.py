@@ -116,7 +116,7 @@ class Commands:
             "solved_reward": recipe.get("solved_reward"),
             "solved_threshold": recipe.get("solved_threshold"),
         }
-        own = recipe | dict(run.stages[last].fields) if run.stages else recipe
+        own = self.plan.written(run, last) if run.stages else recipe
         more = with_model_args(own, model == self.plan.base, self.evaluate)
         flags = _flags({"model": model, "adapter": adapter} | arguments) + more
         command = [sys.executable, "-m", "luffy_trl", "eval", *flags]
