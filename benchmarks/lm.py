@@ -1,7 +1,8 @@
-"""A real language model: SmolLM2-135M-Instruct learns sums it cannot do, by every method, from two bases.
+"""A real language model: SmolLM2-135M-Instruct learns sums it cannot do, by every method, from three bases.
 
     cold   the model as it is: none of its sampled answers is right
     warm   after a few steps of SFT on other problems of two tasks: now and then right, as the paper's bases were
+    warm2  the same with yet other problems and another seed: the main methods once more, at one rate for all
 
 Trained on sums of three terms; measured on those, on longer sums, on the other task that the warm base has learned
 (what is forgotten), and by the likelihood of an unrelated text. Runs go through `luffy-trl compare`. Each is added to
@@ -50,9 +51,10 @@ TESTS = {
     "longer_sums": "reasoning_gym:chain_sum,min_terms=4,max_terms=4,max_digits=1,size=1,test_size=64,seed=0",
     "reversal": f"{REVERSAL},size=1,test_size=64,seed=0",
 }
-# Other problems, for the warm base: of each task as many
-# The seed that is reasoning-gym's own 1000 (tasks/gym.py), with whose problems the results were measured
-WARM_SEED, WARM_PROBLEMS, WARM_STEPS, WARM_RATE = 1336988776, 80, 20, 1e-4
+# Other problems, for a warm base: of each task as many, of these seeds; and the seed of their SFT. (The first is
+# reasoning-gym's own 1000, tasks/gym.py, with whose problems the results were measured.)
+WARM_SEEDS = {"warm": (1336988776, 42), "warm2": (1, 1)}
+WARM_PROBLEMS, WARM_STEPS, WARM_RATE = 80, 20, 1e-4
 SEEDS, RATE_SEED = (0, 1), 7
 RATES = {"warm": (3e-5, 1e-5), "cold": (1e-4, 3e-5)}
 # Rates are chosen for these. (From the cold base GRPO has no gradient at any rate.) The others take LUFFY's, or SFT's
@@ -62,15 +64,14 @@ WITH_SFTS_RATE = ("sft_then_luffy", "rl_sft", "luffy_log")
 METHODS = ("sft", "luffy", "luffy_on_policy", "grpo", "sft_then_rl", "sft_then_luffy")
 # From the cold base also what helps a tiny model there (cold_start.py)
 MORE_METHODS = {
-    "warm": ("rl_sft", "mixed_policy", "prefix", "sft_then_rl_slow", "sft_then_rl_slow_long"),
+    "warm": ("rl_sft", "mixed_policy", "prefix"),
     "cold": ("luffy_log", "rl_sft", "mixed_policy", "prefix"),
 }
 # As many seconds as LUFFY takes, in place of as many demonstrations
-LONG = {"sft_long": "sft", "sft_then_rl_long": "sft_then_rl", "sft_then_rl_slow_long": "sft_then_rl"}
-# At the other rate: 128 answers to one seed's problems do not tell 40% from 33%, and RL alone learns at this one
-SLOW = {"sft_then_rl_slow": "sft_then_rl", "sft_then_rl_slow_long": "sft_then_rl"}
-SLOW_RATE = 1e-5
-REGIMES = ("warm", "cold")
+LONG = {"sft_long": "sft", "sft_then_rl_long": "sft_then_rl"}
+# The rate that SFT, LUFFY and GRPO have from the first warm base. (SFT, then RL has there the higher one, by 9 of 128
+# answers to one seed's problems: here it has this one, too.)
+SECOND, SECOND_METHODS, SECOND_RATE = "warm2", ("sft", "luffy", "sft_then_rl", "grpo"), 1e-5
 HELD_OUT = "held_out"
 COPYING = threading.Lock()
 
@@ -96,42 +97,55 @@ class Job:
 def jobs(seeds: tuple[int, ...]) -> list[Job]:
     """In the order in which they tell most: the warm base first, of each base what others depend on before them."""
     listed = []
-    for regime in REGIMES:
+    for regime in TUNED:
         listed.append(Job(regime, "base", 0))
         listed += [Job(regime, method, RATE_SEED, rate) for method in TUNED[regime] for rate in RATES[regime]]
         listed += [Job(regime, method, seed) for seed in seeds for method in METHODS]
-        listed += [Job(regime, method, seed) for seed in seeds for method in LONG if method not in SLOW]
+        listed += [Job(regime, method, seed) for seed in seeds for method in LONG]
     for regime, methods in MORE_METHODS.items():
         listed += [Job(regime, method, seed) for method in methods for seed in seeds]
-    return listed
+    listed.append(Job(SECOND, "base", 0))
+    return listed + [
+        Job(SECOND, method, seed) for methods in (SECOND_METHODS, LONG) for seed in seeds for method in methods
+    ]
 
 
 # Bases
 
 
 def prepare_bases(directory: Path) -> dict[str, Path]:
-    """Both bases, made once."""
-    bases = {regime: directory / "bases" / regime for regime in ("cold", "warm")}
+    """All bases, made once."""
+    bases = {regime: directory / "bases" / regime for regime in ("cold", *WARM_SEEDS)}
     unpacked_smollm2(bases["cold"])
-    if not (bases["warm"] / "done").is_file():
-        rows = warm_rows()
-        path = directory / "bases" / "warm.jsonl"
+    for regime, (problem_seed, seed) in WARM_SEEDS.items():
+        if (bases[regime] / "done").is_file():
+            continue
+        rows = warm_rows(problem_seed)
+        path = directory / "bases" / f"{regime}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         sft = ["sft", "--model_name_or_path", str(bases["cold"]), "--dataset_name", str(path), "--output_dir"]
-        sft += [str(bases["warm"]), "--max_steps", str(WARM_STEPS), "--learning_rate", str(WARM_RATE)]
+        sft += [
+            str(bases[regime]),
+            "--max_steps",
+            str(WARM_STEPS),
+            "--learning_rate",
+            str(WARM_RATE),
+            "--seed",
+            str(seed),
+        ]
         sft += ["--per_device_train_batch_size", "8", "--lr_scheduler_type", "constant", "--save_strategy", "no"]
         sft += ["--report_to", "none", "--gradient_checkpointing", "False", "--bf16", "False"]
         subprocess.run([sys.executable, "-m", "luffy_trl", *sft, *on_cpu()], check=True)
-        (bases["warm"] / "done").touch()
+        (bases[regime] / "done").touch()
     return bases
 
 
-def warm_rows() -> list[dict[str, Any]]:
+def warm_rows(seed: int) -> list[dict[str, Any]]:
     """Problems of both tasks that are in no split of the benchmark."""
     asked = {text for name in (read_recipe()["dataset_name"], *TESTS.values()) for text in questions(name)}
     rows = []
     for task in (SUMS, REVERSAL):
-        made = load_splits(f"{task},size={4 * WARM_PROBLEMS},test_size=0,seed={WARM_SEED}", task)["train"]
+        made = load_splits(f"{task},size={4 * WARM_PROBLEMS},test_size=0,seed={seed}", task)["train"]
         fresh = [row for row in made if row["prompt"][-1]["content"] not in asked]
         rows += [{"prompt": row["prompt"], "completion": row["completion"]} for row in fresh[:WARM_PROBLEMS]]
     random.Random(0).shuffle(rows)
@@ -153,17 +167,13 @@ def on_cpu() -> list[str]:
 # Runs
 
 
-def as_compare_knows(method: str) -> str:
-    return (LONG | SLOW).get(method, method)
-
-
 def execute(job: Job, base: Path, directory: Path, rate: float | None, steps: int) -> dict[str, Any]:
     """Train and measure one job, and leave only numbers of it."""
     output, measured = directory / "runs" / job.name, directory / "bases" / f"{job.regime}-measured"
     with COPYING:  # every comparison measures its base: once is enough
         if measured.is_dir():
             shutil.copytree(measured, output / "runs" / "base", dirs_exist_ok=True)
-    method = as_compare_knows(job.method)
+    method = LONG.get(job.method, job.method)
     argv = ["compare", "--config", str(RECIPE), "--model_name_or_path", str(base), "--methods", method]
     argv += ["--seeds", str(job.seed), "--output_dir", str(output), "--max_steps", str(steps)]
     argv += ["--eval_args", "--batch_size 64", "--answers", "sampled"]
@@ -229,13 +239,13 @@ class Results:
     def rate(self, job: Job) -> float | None:
         if job.rate is not None or job.method == "base":
             return job.rate
-        if job.method in SLOW:
-            return SLOW_RATE
+        if job.regime == SECOND:
+            return SECOND_RATE
         trials = [
             Measured(run["method"], run["seed"], run["learning_rate"], run["accuracy"])
             for run in self.trials(job.regime)
         ]
-        method, rates = as_compare_knows(job.method), chosen_rates(trials, HELD_OUT)
+        method, rates = LONG.get(job.method, job.method), chosen_rates(trials, HELD_OUT)
         other = "sft" if method in WITH_SFTS_RATE else "luffy"
         return rates[method if method in TUNED[job.regime] else other]
 
@@ -272,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.report:
         return report(args)
     os.environ.setdefault("OMP_NUM_THREADS", "1" if args.workers > 1 else str(os.cpu_count()))
-    unknown = {as_compare_knows(job.method) for job in jobs(tuple(args.seeds))} - {*known_methods(), "base"}
+    unknown = {*METHODS, *LONG.values()}.union(*MORE_METHODS.values()) - set(known_methods())
     assert not unknown, unknown
     bases, results, start = prepare_bases(args.directory), Results(args.output), time.monotonic()
 

@@ -38,10 +38,9 @@ def test_a_real_models_runs_are_all_different_and_rates_have_a_seed_of_their_own
         job.seed for job in jobs if job.rate is None and job.method != "base"
     }
     measured = {job.method for job in jobs if job.rate is None} - {"base"}
-    assert {lm.as_compare_knows(method) for method in measured} <= set(known_methods())
-    only_in = {"luffy_log": "cold"} | dict.fromkeys(lm.SLOW, "warm")
+    assert measured - set(lm.LONG) <= set(known_methods())
     for method in measured:
-        for regime in (only_in[method],) if method in only_in else lm.REGIMES:
+        for regime in ("cold",) if method == "luffy_log" else lm.TUNED:
             assert [job.seed for job in jobs if (job.regime, job.method, job.rate) == (regime, method, None)] == [0, 1]
 
 
@@ -53,6 +52,18 @@ def test_a_method_without_rates_of_its_own_takes_the_rate_of_its_kind(lm, tmp_pa
     assert rates == {"prefix": 1e-5, "rl_sft": 3e-5, "grpo": 1e-4}
 
 
+def test_a_second_warm_base_has_the_main_methods_at_one_rate(lm, tmp_path):
+    jobs = [job for job in lm.jobs(lm.SEEDS) if job.regime == "warm2"]
+    assert jobs[0] == lm.Job("warm2", "base", 0)
+    assert {job.method for job in jobs[1:]} == {"sft", "luffy", "sft_then_rl", "grpo", *lm.LONG}
+    assert len(jobs) == 1 + 2 * 6
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"runs": [run("sft", 7, 0.5, rate=3e-5, chooses_rate=True)]}))
+    results = lm.Results(path)
+    assert {results.rate(job) for job in jobs[1:]} == {1e-5}
+    assert results.rate(jobs[0]) is None
+
+
 def test_a_method_of_as_many_seconds_has_as_many_more_steps(lm, tmp_path):
     path = tmp_path / "results.json"
     trials = [("luffy", 600.0), ("luffy", 500.0), ("sft", 60.0), ("sft", 50.0)]
@@ -62,17 +73,6 @@ def test_a_method_of_as_many_seconds_has_as_many_more_steps(lm, tmp_path):
     assert results.steps(of["sft_long"], 20) == 200
     assert results.steps(of["sft"], 20) == results.steps(of["luffy"], 20) == 20
     assert results.rate(of["sft_long"]) == results.rate(of["sft"])
-
-
-def test_sft_then_rl_at_the_lower_rate_has_it_whatever_was_chosen(lm, tmp_path):
-    path = tmp_path / "results.json"
-    trials = [
-        run(m, 7, 0.1, rate=3e-5, chooses_rate=True, cpu_seconds=s) for m, s in (("luffy", 90), ("sft_then_rl", 60))
-    ]
-    path.write_text(json.dumps({"runs": trials}))
-    results = lm.Results(path)
-    jobs = [lm.Job("warm", method, 0) for method in ("sft_then_rl", "sft_then_rl_slow", "sft_then_rl_slow_long")]
-    assert [(results.rate(job), results.steps(job, 20)) for job in jobs] == [(3e-5, 20), (1e-5, 20), (1e-5, 30)]
 
 
 def test_the_tables_of_a_real_model_are_means_over_its_seeds():
