@@ -121,7 +121,8 @@ def draw(runs: list[Result], path: Path) -> None:
                 ax.scatter(values, [y] * len(values), s=22, color="#2b6cb0", zorder=2)
             for run in base:
                 ax.axvline(100 * run["accuracy"][test], color="#c05621", linestyle="--", linewidth=1)
-            ax.set(title=f"{title} base: {test_title}", xlim=(0, 100), xlabel="right sampled answers, %")
+            ax.set_title(f"{title} base: {test_title}", fontsize="medium")
+            ax.set(xlim=(0, 100), xlabel="right sampled answers, %")
             ax.set_yticks(range(len(names)), [label_of(name) for name in names] if ax is row[0] else [""] * len(names))
             ax.grid(alpha=0.3, axis="x")
     figure.savefig(path, dpi=110)
