@@ -124,16 +124,9 @@ def prepare_bases(directory: Path) -> dict[str, Path]:
         path = directory / "bases" / f"{regime}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         sft = ["sft", "--model_name_or_path", str(bases["cold"]), "--dataset_name", str(path), "--output_dir"]
-        sft += [
-            str(bases[regime]),
-            "--max_steps",
-            str(WARM_STEPS),
-            "--learning_rate",
-            str(WARM_RATE),
-            "--seed",
-            str(seed),
-        ]
+        sft += [str(bases[regime]), "--max_steps", str(WARM_STEPS), "--learning_rate", str(WARM_RATE)]
         sft += ["--per_device_train_batch_size", "8", "--lr_scheduler_type", "constant", "--save_strategy", "no"]
+        sft += ["--seed", str(seed)]
         sft += ["--report_to", "none", "--gradient_checkpointing", "False", "--bf16", "False"]
         subprocess.run([sys.executable, "-m", "luffy_trl", *sft, *on_cpu()], check=True)
         (bases[regime] / "done").touch()

@@ -82,16 +82,13 @@ def sft_loss(logps: torch.Tensor) -> torch.Tensor:
 IMITATIONS = {"sft": sft_loss, "chord_phi": chord_phi_loss}
 
 
-def have_gradient(batch: Mapping[str, Any], demonstration_loss: str) -> torch.Tensor:
-    """True on rows with an advantage, and on those with a demonstration that is trained without one, `(B,)`.
+def are_imitated(batch: Mapping[str, Any]) -> torch.Tensor:
+    """True on rows that one of `IMITATIONS` trains, whatever their advantage, `(B,)`.
 
     Args:
-        batch: `advantages` and `off_policy_weight` `(B,)`, `off_policy_mask` `(B, T)`.
+        batch: `off_policy_weight` `(B,)`, `off_policy_mask` `(B, T)`.
     """
-    graded = batch["advantages"] != 0  # (B,)
-    if demonstration_loss not in IMITATIONS:
-        return graded
-    return graded | (batch["off_policy_mask"].any(1) & (batch["off_policy_weight"] > 0))
+    return batch["off_policy_mask"].any(1) & (batch["off_policy_weight"] > 0)
 
 
 def demonstration_term(

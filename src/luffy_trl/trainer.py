@@ -52,10 +52,10 @@ from .metrics import ColdStart, Means, Stopwatch, group_metrics, length_sums, ob
 from .objective import (
     IMITATIONS,
     ITEM_KEYS,
+    are_imitated,
     counted,
     demonstration_term,
     denominators,
-    have_gradient,
     hide_demonstrations,
     items_in_batch,
     off_policy_loss,
@@ -126,7 +126,7 @@ class LuffyTrainer(
     | --- | --- | --- | --- |
     | `off_policy_mask` | (B, T) bool | True on a demonstration's tokens, less what tools and users wrote. (TRL has a method's local of that name, which is True on tokens to keep.) | the loss, metrics |
     | `off_policy_weight`, `on_policy_weight` | (B,) | factors on demonstrations' loss (weight, schedule, gate), and rollouts' | the loss |
-    | `is_trained` | (B,) bool | True on rows that have an advantage, or a demonstration under a loss that needs none | `skip_zero_advantages` |
+    | `is_trained` | (B,) bool | True on rows with a demonstration that needs no advantage; only with an SFT loss or CHORD's | `skip_zero_advantages` |
     | `is_cold` | (B,) bool | True in groups without a right rollout | metrics |
     | `behavior_logps` | (B, T) | log-probs of who wrote them, 0 where unknown; only where a source gives any | the loss, metrics |
     | `row_to_remember` | (B,) | the dataset's row of a solved rollout, else -1; only with replay | `remember_solved` |
@@ -229,7 +229,8 @@ class LuffyTrainer(
             output["is_cold"] = self._own(outcome.is_cold)
             if args.advantage_baseline == "on_policy" or args.success_gate is not None:
                 output["advantages"] = self._credited(output["advantages"], per_func, outcome, is_continued)
-            output[TRAINED_KEY] = have_gradient(output, args.demonstration_loss)
+            if args.demonstration_loss in IMITATIONS:
+                output[TRAINED_KEY] = are_imitated(output)
             if self._source.gives_logps:
                 output["behavior_logps"] = behavior_logps(placed, mask)
             if self._source.uses_rollouts:

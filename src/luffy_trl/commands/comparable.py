@@ -17,6 +17,7 @@ from ..comparing import ComparisonError
 from ..comparing.plan import Recipe, TestSet, is_true
 from ..config import LuffyConfig
 from ..runs.redaction import known_secrets, redact_command, redact_values
+from ..runs.seeds import GREATEST_SEED
 from ..runs.written import ENVIRONMENT, written_value
 from ..tasks.gym import is_gym_task
 from .inputs import LuffyScriptArguments, check_arguments, load_dataset_splits
@@ -28,7 +29,6 @@ from .train import load_data
 
 HELD_OUT = "held_out"  # the recipe's own test split
 CHECKS = {"train": (LuffyConfig, check_arguments), "sft": (LuffySFTConfig, check_sft_arguments)}
-GREATEST_SEED = 2**32 - 1  # of NumPy
 ONE_PLACE = ("push_to_hub", "hub_model_id", "log_completions_hub_repo")  # fields that name one place for all runs
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, l
 
 from ..comparing.methods import Method, chosen, known_methods
 from ..reporting.tables_and_curves import plot_curves, text_table
+from ..runs.seeds import check_seed
 from ..tasks.letter_walk import MAX_COMPLETION_LENGTH, STEP_BY_STEP, distinct_walks, split_walks, to_dataset
 from ..tasks.letter_walk_base import accuracy, load_or_pretrain
 from ..tasks.probe import Probe
@@ -56,8 +57,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, steps: int = 100) -> dict[st
         UsageError: a ValueError, for a seed or a directory that cannot be used, before anything is done.
     """
     with before_training():
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"--seed {seed} must be from 0 to {2**32 - 1}, as NumPy's generators take it.")
+        check_seed(seed)
         check_output_dir(str(output_dir))
     output_dir = Path(output_dir)
     logging.set_verbosity_error()

@@ -28,6 +28,7 @@ from ..comparing.methods import known_methods
 from ..data.loading import load_splits
 from ..data.writing import all_or_nothing
 from ..reporting.tables_and_curves import text_table
+from ..runs.seeds import check_seed
 from ..tasks.gym_reward import reasoning_gym_solved_reward
 from .comparison import make_trainer
 from .gguf import gguf_path, unpack
@@ -167,8 +168,7 @@ def run_lm_demo(
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     with before_training():
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"--seed {seed} must be from 0 to {2**32 - 1}, as NumPy's generators take it.")
+        check_seed(seed)
         check_output_dir(str(output_dir))
         print("1/4  The model, SmolLM2-135M-Instruct, and sums for it (half a minute)", flush=True)
         base = Path(model) if model else unpacked_smollm2(output_dir / "smollm2")

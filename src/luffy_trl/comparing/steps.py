@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ..runs.whole_files import write_whole
 from . import ComparisonError
 from .plan import MODEL, Recipe
 
@@ -102,9 +103,7 @@ class Step:
             raise ComparisonError(f"{path} is damaged: remove {self.directory}, and it is done anew.") from error
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
-        unfinished = self.directory / f".{name}"
-        unfinished.write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
-        unfinished.replace(self.directory / name)
+        write_whole(self.directory / name, json.dumps(record, indent=1, default=str))
 
 
 def _text(value: Any) -> str:

@@ -26,7 +26,7 @@ COMPLETION_KEYS = (
     "tool_mask",
 )
 
-# Optional, True on rows that have a gradient, (B,); without it those with an advantage
+# Optional, True on rows that have a gradient without an advantage, too, (B,)
 TRAINED_KEY = "is_trained"
 
 Batch = dict[str, Any]
@@ -79,7 +79,8 @@ def drop_rows_without_gradient(batches: list[Batch], count_keys: Sequence[str]) 
 
 def has_gradient(batch: Batch) -> torch.Tensor:
     """True on rows that the loss, without KL and entropy bonus, has a gradient of, `(B,)`."""
-    return batch[TRAINED_KEY] if TRAINED_KEY in batch else batch["advantages"] != 0
+    graded = batch["advantages"] != 0
+    return graded | batch[TRAINED_KEY] if TRAINED_KEY in batch else graded
 
 
 def counted_as(batch: Batch, share: float, count_keys: Sequence[str]) -> Batch:

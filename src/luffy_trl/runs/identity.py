@@ -5,10 +5,11 @@ checkpoint. Directories and checkpoints of before there were such names have non
 """
 
 import json
-import os
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from .whole_files import write_whole
 
 
 # With a dot in front, so that it stays out of pushes
@@ -51,6 +52,4 @@ def write_identity(output_dir: str | Path, identity: Identity) -> None:
     """In one piece: a reader, and a run after a kill, find the old one or the new one."""
     path = Path(output_dir) / IDENTITY
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{IDENTITY}.unfinished")
-    unfinished.write_text(json.dumps(asdict(identity)) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, json.dumps(asdict(identity)) + "\n")

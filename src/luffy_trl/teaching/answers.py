@@ -7,7 +7,6 @@ An answer belongs to a question, not to a dataset's row: the dataset may grow, s
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..runs.kept_lines import LONGEST_LINE, append_lines, line_at, read_lines, record_from, shown
+from ..runs.whole_files import write_whole
 
 
 # Neither `datasets` nor our own reader looks into a directory whose name begins so
@@ -87,9 +87,7 @@ class AnswerStore:
         for end in ends:
             end.mend()
             self.half_written += end.half_written
-        unfinished = self.directory / f"{SETTINGS_FILE}.unfinished"
-        unfinished.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, self.directory / SETTINGS_FILE)
+        write_whole(self.directory / SETTINGS_FILE, json.dumps(made_with, indent=2) + "\n")
 
     def append(self, answers: Iterable[TeacherAnswer]) -> None:
         """Keep answers of one teacher, safe from a kill once this returns."""

@@ -18,6 +18,7 @@ from datasets import Dataset, Features, List, Value
 from ..data.problems import MESSAGES
 from ..data.writing import REJECTED_FILE, ParquetShards, all_or_nothing, finish_killed
 from ..runs.lock import LOCK
+from ..runs.whole_files import write_whole
 from .answers import ANSWERS_DIR
 from .problems import MADE, TEACHER_COLUMN
 
@@ -87,9 +88,7 @@ def write(
             nothing: dict[str, Any] = {name: [] if "demonstrations" in rows[0] else None for name in rows[0]}
             _write_split(ParquetShards(result, features, "test"), test, [nothing] * len(test), features)
     os.replace(rejected, directory / REJECTED_FILE)
-    unfinished = directory / f".{README}.unfinished"
-    unfinished.write_text(card, encoding="utf-8")
-    os.replace(unfinished, directory / README)
+    write_whole(directory / README, card)
 
 
 def _write_split(shards: ParquetShards, dataset: Dataset, rows: Sequence[dict[str, Any]], features: Features) -> None:
